@@ -67,8 +67,10 @@ def test_what_a_tenant_may_not_call_is_refused_with_the_reason(guarded: LiveFron
 
 
 def test_a_quota_says_when_to_come_back(guarded: LiveFront, tenants: Secured) -> None:
-    with guarded.openai(api_key=tenants.tokens["slow"]) as client, pytest.raises(openai.RateLimitError) as caught:
+    with guarded.openai(api_key=tenants.tokens["slow"]) as client:
         complete(client, max_tokens=8, n=20)
+        with pytest.raises(openai.RateLimitError) as caught:
+            complete(client)
     assert caught.value.code == "QUOTA_EXCEEDED"
     assert int(caught.value.response.headers["retry-after"]) >= 1
 

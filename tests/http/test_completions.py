@@ -146,3 +146,18 @@ def test_echo_without_new_tokens_scores_the_prompt(client: openai.OpenAI, model:
     assert choice.text == "hello"
     assert choice.logprobs is not None
     assert len(choice.logprobs.tokens or ()) == 5
+
+
+def test_echo_streams_the_prompt_first(client: openai.OpenAI, model: str) -> None:
+    options = {"model": model, "prompt": ["hello", "good"], "n": 2, "echo": True, "logprobs": 1, "max_tokens": 3}
+    whole = client.completions.create(temperature=0, **options)
+    texts, tokens = [""] * 4, [[] for _ in range(4)]
+    for chunk in client.completions.create(temperature=0, stream=True, **options):
+        choice = chunk.choices[0]
+        texts[choice.index] += choice.text
+        if choice.logprobs is not None:
+            tokens[choice.index] += choice.logprobs.tokens
+    assert texts == [choice.text for choice in whole.choices]
+    assert tokens == [choice.logprobs.tokens for choice in whole.choices]
+    assert texts[0].startswith("hello")
+    assert texts[3].startswith("good")

@@ -320,3 +320,29 @@ def test_a_session_and_a_comparison_have_one_sample(channel: grpc.Channel):
     with pytest.raises(grpc.RpcError) as caught:
         list(GenerationServiceStub(channel).Session(iter([start])))
     assert failure(caught.value).fields == ["start.request.samples"]
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 6])
+def test_tokens_of_the_prompt_have_the_log_probabilities_of_a_score(channel: grpc.Channel, max_tokens: int):
+    ids = list(range(5, 60))
+    prompt = pb.Prompt(tokens=pb.TokenIds(ids=ids))
+    for _ in range(2):  # the second time the prompt is known to the prefix cache
+        asked = request(prompt=prompt, stop=pb.StopConditions(max_tokens=max_tokens, ignore_eos=True))
+        asked.prompt_logprobs = 2
+        responses = list(GenerationServiceStub(channel).Generate(asked))
+        told = [token for r in responses for token in r.prompt_tokens]
+        rest = pb.ScoreRequest(prompt=pb.Prompt(tokens=pb.TokenIds(ids=ids[:1])), tokens=pb.TokenIds(ids=ids[1:]))
+        rest.top_logprobs = 2
+        scored = GenerationServiceStub(channel).Score(rest)
+        assert not told[0].HasField("logprob")
+        assert told[1:] == list(scored.tokens)
+        assert [token.id for token in told] == ids
+        assert sum(len(r.tokens) for r in responses) == max_tokens
+
+
+def test_a_prompt_of_one_token_is_told_without_a_log_probability(channel: grpc.Channel):
+    asked = request(prompt=pb.Prompt(tokens=pb.TokenIds(ids=[5])), prompt_logprobs=0, samples=2)
+    responses = list(GenerationServiceStub(channel).Generate(asked))
+    told = [token for r in responses for token in r.prompt_tokens]
+    assert [(token.id, token.position, token.HasField("logprob")) for token in told] == [(5, 0, False)] * 2
+    assert sum(len(r.tokens) for r in responses) == 16

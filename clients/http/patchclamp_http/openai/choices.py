@@ -29,10 +29,11 @@ def extension_of(response: pb.GenerateResponse) -> Json:
 
 
 class Pieces:
-    """Makes the pieces of one choice: what a stream sends for each response."""
+    """Makes the pieces of one choice: what a stream sends for each response. `echo` comes before their text."""
 
-    def __init__(self, asked: Asked, index: int) -> None:
+    def __init__(self, asked: Asked, index: int, echo: str = "") -> None:
         self._asked = asked
+        self._echo = echo
         self._index = index
         self._make: Callable[[pb.GenerateResponse], Json] = self._delta if asked.is_chat else self._text
         self._logprobs = CompletionLogprobs()
@@ -41,8 +42,8 @@ class Pieces:
         """Returns the choice of the next chunk, or None where the caller has asked for nothing of the response."""
         asked = self._asked
         ends = response.HasField("finished")
-        wants_tokens = asked.logprobs is not None and len(response.tokens) > 0
-        if not (response.text or ends or wants_tokens or asked.extended):
+        wants_tokens = asked.logprobs is not None and len(response.tokens) + len(response.prompt_tokens) > 0
+        if not (response.text or self._echo or ends or wants_tokens or asked.extended):
             return None
         choice = self._make(response)
         choice["logprobs"] = self._logprobs_of(response) if wants_tokens else None
@@ -52,18 +53,16 @@ class Pieces:
         return choice
 
     def _text(self, response: pb.GenerateResponse) -> Json:
-        return {"index": self._index, "text": response.text}
+        text, self._echo = self._echo + response.text, ""
+        return {"index": self._index, "text": text}
 
     def _delta(self, response: pb.GenerateResponse) -> Json:
         return {"index": self._index, "delta": {"content": response.text} if response.text else {}}
 
     def _logprobs_of(self, response: pb.GenerateResponse) -> Json:
-        return chat_logprobs(response.tokens) if self._asked.is_chat else self._logprobs.of(response.tokens)
-
-    def echo(self, text: str, tokens: list[pb.GeneratedToken]) -> Json:
-        """Returns the prompt, where it is repeated."""
-        logprobs = self._logprobs.of(tokens) if self._asked.logprobs is not None else None
-        return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": None}
+        if self._asked.is_chat:
+            return chat_logprobs(response.tokens)
+        return self._logprobs.of([*response.prompt_tokens, *response.tokens])
 
     def first(self) -> Json:
         """Returns what a chat begins with."""
@@ -72,23 +71,17 @@ class Pieces:
 
 
 class Whole:
-    """Collects the responses of one choice."""
+    """Collects the responses of one choice. `echo` comes before their text."""
 
-    def __init__(self, asked: Asked, index: int) -> None:
+    def __init__(self, asked: Asked, index: int, echo: str = "") -> None:
         self._asked = asked
         self._index = index
         self._response = pb.GenerateResponse()
-        self._texts: list[str] = []
-        self._echoed: list[pb.GeneratedToken] = []
+        self._texts = [echo]
 
     def add(self, response: pb.GenerateResponse) -> None:
         self._texts.append(response.text)
         self._response.MergeFrom(response)
-
-    def echo(self, text: str, tokens: list[pb.GeneratedToken]) -> None:
-        """Puts the prompt before what was generated."""
-        self._texts.insert(0, text)
-        self._echoed = tokens
 
     def choice(self) -> Json:
         asked, response = self._asked, self._response
@@ -100,7 +93,7 @@ class Whole:
             found["text"] = text
         found["logprobs"] = None
         if asked.logprobs is not None:
-            tokens = [*self._echoed, *response.tokens]
+            tokens = [*response.prompt_tokens, *response.tokens]
             found["logprobs"] = chat_logprobs(tokens) if asked.is_chat else CompletionLogprobs().of(tokens)
         found["finish_reason"] = REASONS[response.finished.reason]
         if asked.extended:

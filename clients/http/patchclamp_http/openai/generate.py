@@ -13,7 +13,7 @@ from patchclamp_http.errors import from_grpc
 from patchclamp_http.http import Call
 from patchclamp_http.openai import requests
 from patchclamp_http.openai.choices import Pieces, Usage, Whole
-from patchclamp_http.openai.echo import Echo, echoes
+from patchclamp_http.openai.echo import echoes
 from patchclamp_http.openai.requests import Asked
 from patchclamp_http.openai.samples import responses
 from patchclamp_http.upstream import Options, Upstream
@@ -55,33 +55,27 @@ class Generate:
             "created": int(time.time()),
             "model": asked.requests[0].model or await self._upstream.model_name(options),
         }
-        echoed = await echoes(self._upstream, asked, options) if asked.echo else []
+        echoed = await echoes(self._upstream, asked, options)
         if asked.stream:
             await self._stream(call, asked, options, head, echoed)
         else:
             await self._whole(call, asked, options, head, echoed)
 
-    async def _whole(
-        self, call: Call, asked: Asked, options: Options, head: dict[str, Any], echoed: list[Echo]
-    ) -> None:
+    async def _whole(self, call: Call, asked: Asked, options: Options, head: dict[str, Any], echoed: list[str]) -> None:
         usage = Usage()
-        wholes = [Whole(asked, index) for index in range(len(asked.requests) * asked.samples)]
+        wholes = [Whole(asked, index, echo) for index, echo in enumerate(echoed)]
         async for index, response in responses(self._upstream, asked, options):
             _finish(asked, index, response, usage)
             wholes[index].add(response)
-        for index, whole in enumerate(wholes):
-            if echoed:
-                echo = echoed[index // asked.samples]
-                whole.echo(echo.text, echo.tokens)
         await call.answer({**head, "choices": [whole.choice() for whole in wholes], "usage": usage.json()})
 
     async def _stream(
-        self, call: Call, asked: Asked, options: Options, head: dict[str, Any], echoed: list[Echo]
+        self, call: Call, asked: Asked, options: Options, head: dict[str, Any], echoed: list[str]
     ) -> None:
         usage = Usage()
         if asked.include_usage:
             head = {**head, "usage": None}
-        pieces = [Pieces(asked, index) for index in range(len(asked.requests) * asked.samples)]
+        pieces = [Pieces(asked, index, echo) for index, echo in enumerate(echoed)]
         begun: set[int] = set()
         async for index, response in responses(self._upstream, asked, options):
             _finish(asked, index, response, usage)
@@ -92,9 +86,6 @@ class Generate:
                     await call.begin(200, EVENT_STREAM, STREAM_HEADERS)
                 if asked.is_chat:
                     chunks.append(pieces[index].first())
-                elif echoed:
-                    echo = echoed[index // asked.samples]
-                    chunks.append(pieces[index].echo(echo.text, echo.tokens))
             piece = pieces[index].piece(response)
             if piece is not None:
                 chunks.append(piece)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf import json_format
@@ -34,8 +34,6 @@ class Asked:
     names: dict[str, str]
     is_chat: bool
     echo: bool = False
-    # Prompts as they are repeated, where they are asked for.
-    prompts: list[Any] = field(default_factory=list)
 
 
 def completion(body: Mapping[str, Any]) -> Asked:
@@ -47,6 +45,8 @@ def completion(body: Mapping[str, Any]) -> Asked:
         overlay.set("stop.max_tokens", given.get("max_tokens", DEFAULT_COMPLETION_TOKENS), "max_tokens")
     if "logprobs" in given:
         overlay.set("logprobs", given["logprobs"], "logprobs")
+        if given.get("echo"):
+            overlay.set("prompt_logprobs", given["logprobs"], "logprobs")
     if given.get("best_of", given.get("n", 1)) != given.get("n", 1):
         raise invalid("best_of", f"expected n, which is {given.get('n', 1)}: every sample is returned")
     prompts = _prompts(given["prompt"])
@@ -62,9 +62,7 @@ def completion(body: Mapping[str, Any]) -> Asked:
         requests.append(request)
     where = "prompt[*]" if many and len(prompts) > 1 else "prompt"
     overlay.names |= {"prompt": where, "prompt.text": where, "prompt.tokens.ids": where}
-    return overlay.asked(
-        requests, logprobs=given.get("logprobs"), is_chat=False, echo=given.get("echo", False), prompts=prompts
-    )
+    return overlay.asked(requests, logprobs=given.get("logprobs"), is_chat=False, echo=given.get("echo", False))
 
 
 def chat(body: Mapping[str, Any]) -> Asked:
@@ -173,7 +171,6 @@ class _Overlay:
         logprobs: int | None,
         is_chat: bool,
         echo: bool = False,
-        prompts: list[Any] | None = None,
     ) -> Asked:
         given = self._given
         stream = given.get("stream", False)
@@ -189,7 +186,6 @@ class _Overlay:
             names=self.names,
             is_chat=is_chat,
             echo=echo,
-            prompts=prompts or [],
         )
 
 

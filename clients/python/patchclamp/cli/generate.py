@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
             print(chunk.text, end="", flush=True)
         print()
         result = stream.result()
-    if args.logprobs is not None:
-        print_logprobs(result.tokens)
+    if args.logprobs is not None or result.prompt_tokens:
+        print_logprobs((*result.prompt_tokens, *(result.tokens if args.logprobs is not None else ())))
     if result.confidence is not None:
         print_confidence(result.confidence)
     print_ending(result, told)

@@ -35,6 +35,7 @@ _GENERATE_FIELDS = (
     "stop",
     "ignore_eos",
     "logprobs",
+    "prompt_logprobs",
     "samples",
 )
 
@@ -173,6 +174,9 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     group.add_argument("--ignore-eos", action="store_true", default=None)
+    group.add_argument(
+        "--prompt-logprobs", type=count, metavar="N", help="those of each token of the prompt, and the N likeliest"
+    )
     group.add_argument(
         "--logprobs", type=count, metavar="N", help="log-probabilities of each token and the N likeliest"
     )

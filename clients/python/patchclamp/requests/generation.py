@@ -26,6 +26,7 @@ class GenerateOptions(PromptOptions, total=False):
     sparsity: a policy, a profile or both (patchclamp.sparsity); by default everything is computed.
     grounding: a head set (patchclamp.heads) that says which prompt tokens each generated token was copied from.
     confidence: True, or a Confidence (patchclamp.confidence): how far the layers agree on the answer.
+    prompt_logprobs: how many likely tokens are told beside each of the prompt.
     samples: how many are drawn of the prompt, by `generate` alone; each has a seed of its own.
     """
 
@@ -52,6 +53,7 @@ class GenerateOptions(PromptOptions, total=False):
     grounding: GroundingLike | None
     confidence: ConfidenceLike | None
     samples: int
+    prompt_logprobs: int | None
 
 
 class ScoreOptions(PromptOptions, total=False):
@@ -96,6 +98,7 @@ def generate(
     grounding: GroundingLike | None = None,
     confidence: ConfidenceLike | None = None,
     samples: int = 0,
+    prompt_logprobs: int | None = None,
 ) -> generation_pb2.GenerateRequest:
     sampling = build(
         generation_pb2.Sampling,
@@ -133,6 +136,7 @@ def generate(
         grounding=grounding_message(grounding),
         confidence=confidence_message(confidence),
         samples=samples,
+        prompt_logprobs=prompt_logprobs,
     )
 
 

@@ -75,6 +75,7 @@ class Chunk(Record):
     """Holds one message of a stream. `text` is final; `finished` is set on the last one.
 
     warnings: on the first one, what was known before the first token; the receipt has all.
+    prompt_tokens: with prompt_logprobs, the tokens of the prompt.
     sample: whose message it is, where several samples are drawn.
     """
 
@@ -84,6 +85,7 @@ class Chunk(Record):
     finished: Finished | None
     warnings: tuple[RequestWarning, ...] = ()
     sample: int = 0
+    prompt_tokens: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class GenerateResult(Record):
     """Holds a whole generation. Send `seed` again to repeat the sample.
 
     sparsity, grounding, confidence: None unless the request asked for them.
+    prompt_tokens: with prompt_logprobs, the tokens of the prompt; the first has no log-probability.
     others: the samples after this first one, where several were drawn.
     """
 
@@ -106,6 +109,7 @@ class GenerateResult(Record):
     grounding: GroundingReport | None = None
     confidence: ConfidenceReport | None = None
     others: "tuple[GenerateResult, ...]" = ()
+    prompt_tokens: tuple[Token, ...] = ()
 
     @property
     def readouts(self) -> tuple[ReadoutValue, ...]:
@@ -166,4 +170,5 @@ class GenerateCollector:
             sparsity=finished.sparsity,
             grounding=finished.grounding,
             confidence=finished.confidence,
+            prompt_tokens=tuple(t for c in chunks for t in c.prompt_tokens),
         )

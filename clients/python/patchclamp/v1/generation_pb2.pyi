@@ -353,6 +353,7 @@ class GenerateRequest(_message.Message):
     GROUNDING_FIELD_NUMBER: _builtins.int
     CONFIDENCE_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Empty: the server's model."""
     priority: Global___Priority.ValueType
@@ -362,6 +363,10 @@ class GenerateRequest(_message.Message):
     """Generate alone: how many samples of the prompt are drawn, at most 128, each with a seed of its own: the one that is set
     plus the number of the sample. They share the KV of the prompt as far as the prefix cache may. The call ends with the
     last of them, or with the first that fails. Default 1.
+    """
+    prompt_logprobs: _builtins.int
+    """Log-probabilities of the prompt's tokens too, the first excepted, and of the n most likely ones.
+    Nothing of the prompt comes from the prefix cache then.
     """
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
@@ -397,14 +402,20 @@ class GenerateRequest(_message.Message):
         grounding: Global___Grounding | None = ...,
         confidence: Global___Confidence | None = ...,
         samples: _builtins.int = ...,
+        prompt_logprobs: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "confidence", b"confidence", "grounding", b"grounding", "logprobs", b"logprobs", "program", b"program", "prompt", b"prompt", "sampling", b"sampling", "sparsity", b"sparsity", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "confidence", b"confidence", "grounding", b"grounding", "logprobs", b"logprobs", "program", b"program", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "sparsity", b"sparsity", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "confidence", b"confidence", "grounding", b"grounding", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "program", b"program", "prompt", b"prompt", "samples", b"samples", "sampling", b"sampling", "sparsity", b"sparsity", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "confidence", b"confidence", "grounding", b"grounding", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "program", b"program", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "samples", b"samples", "sampling", b"sampling", "sparsity", b"sparsity", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
@@ -822,6 +833,7 @@ class GenerateResponse(_message.Message):
     FINISHED_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     SAMPLE_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text that is final: whole UTF-8 characters that cannot become part of a stop string. A character that the end of
     generation cuts in two is U+FFFD.
@@ -842,6 +854,10 @@ class GenerateResponse(_message.Message):
     def warnings(self) -> _containers.RepeatedCompositeFieldContainer[_program_pb2.RequestWarning]:
         """On the first response: warnings that were known before the first token. The receipt has them again, with all others."""
 
+    @_builtins.property
+    def prompt_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___GeneratedToken]:
+        """With prompt_logprobs, the tokens of the prompt, in order; without readouts, which are in prompt_readouts."""
+
     def __init__(
         self,
         *,
@@ -851,10 +867,11 @@ class GenerateResponse(_message.Message):
         finished: Global___Finished | None = ...,
         warnings: _abc.Iterable[_program_pb2.RequestWarning] | None = ...,
         sample: _builtins.int = ...,
+        prompt_tokens: _abc.Iterable[Global___GeneratedToken] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "prompt_readouts", b"prompt_readouts", "sample", b"sample", "text", b"text", "tokens", b"tokens", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "prompt_readouts", b"prompt_readouts", "prompt_tokens", b"prompt_tokens", "sample", b"sample", "text", b"text", "tokens", b"tokens", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,6 +8,7 @@ from patchclamp_server.engine.request import (
     Finished,
     FinishReason,
     Priority,
+    PromptToken,
     SamplingParams,
     StopParams,
     Token,
@@ -145,7 +146,7 @@ def decode_grounding(proto: pb.Grounding, field: str = "grounding") -> HeadSelec
     return HeadSelection(head_set=proto.head_set, top_k=proto.top_k)
 
 
-def encode_token(token: Token, piece: Callable[[int], str]) -> pb.GeneratedToken:
+def encode_token(token: Token | PromptToken, piece: Callable[[int], str]) -> pb.GeneratedToken:
     """Returns the message; `piece` gives the text of a token."""
     return pb.GeneratedToken(
         id=token.id,
