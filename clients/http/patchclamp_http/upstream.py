@@ -92,14 +92,8 @@ async def messages(call: Any) -> AsyncIterator[Any]:
     """Yields the messages of a call that streams, and cancels it when they are no longer wanted. Raises
     PatchclampError."""
     try:
-        while (message := await call.read()) is not grpc.aio.EOF:
+        async for message in call:
             yield message
-        code = await call.code()
-        if code is not grpc.StatusCode.OK:
-            # `read` raises by itself where the status has come before it; whichever way, it is raised here.
-            raise grpc.aio.AioRpcError(
-                code, await call.initial_metadata(), await call.trailing_metadata(), await call.details()
-            )
     except grpc.aio.AioRpcError as error:
         raise PatchclampError.from_rpc(error) from None
     finally:

@@ -60,7 +60,7 @@ class ConnectApp(ConnectASGIApplication[Upstream]):
             message = f"content-type {kind} belongs to the port of gRPC; here are application/json and connect"
             await call.refuse(ApiError(415, message, code="unsupported_media_type"))
             return
-        await super().__call__(scope, receive, send)  # type: ignore[arg-type]
+        await super().__call__(scope, receive, send)
 
 
 class _JsonCodec(Codec[Message, Any]):

@@ -28,6 +28,7 @@ EMBEDDINGS = obj(
     },
     required=("input",),
 )
+EXTENSION_FIELDS = ("program", "sites", "layers", "scope", "reduction")
 # One row for each text.
 REDUCTIONS = (
     pb.ACTIVATION_REDUCTION_FIRST,
@@ -67,9 +68,9 @@ class Embeddings:
         request = pb.ReadActivationsRequest()
         if "patchclamp" in given:
             parse(given["patchclamp"], request, "patchclamp")
-        for name in ("model", "prompts", "texts", "dtype", "store", "description", "tags", "replace_tags"):
-            if request.HasField(name) if name == "texts" else getattr(request, name):
-                raise invalid(f"patchclamp.{name}", "expected not to be given: it has no place in embeddings")
+        for field, _ in request.ListFields():
+            if field.name not in EXTENSION_FIELDS:
+                raise invalid(f"patchclamp.{field.name}", f"expected one of {', '.join(EXTENSION_FIELDS)}")
         if len(request.sites) > 1:
             raise invalid("patchclamp.sites", f"expected one site, got {len(request.sites)}")
         if len(request.layers) > 1:

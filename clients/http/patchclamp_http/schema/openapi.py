@@ -36,7 +36,7 @@ class Schema:
 
 
 def openapi() -> JsonSchema:
-    messages = [message.DESCRIPTOR for message in _EXTENSIONS]
+    messages: list[Any] = [message.DESCRIPTOR for message in _EXTENSIONS]
     for rpc in rpcs():
         messages += [rpc.request.DESCRIPTOR, rpc.response.DESCRIPTOR]
     return {
@@ -95,7 +95,7 @@ def _operation(name: str, answer: JsonSchema) -> JsonSchema:
 def _rpc(rpc: Rpc) -> JsonSchema:
     streams = rpc.takes_stream or rpc.gives_stream
     kind = "application/connect+json" if streams else "application/json"
-    asked, told = reference(rpc.request.DESCRIPTOR), reference(rpc.response.DESCRIPTOR)
+    asked, told = reference(rpc.descriptor.input_type), reference(rpc.descriptor.output_type)
     operation = {
         "operationId": f"{rpc.service.rpartition('.')[2]}_{rpc.name}",
         "tags": [rpc.service],

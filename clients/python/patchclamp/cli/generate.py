@@ -3,12 +3,14 @@
 import argparse
 import math
 from dataclasses import replace
+from typing import cast
 
 from patchclamp.cli.options import (
     add_generation_arguments,
     connect,
     connection_options,
     generate_options,
+    given,
     prompt_of,
 )
 from patchclamp.cli.parser import count
@@ -29,7 +31,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(args: argparse.Namespace) -> int:
-    options: GenerateOptions = generate_options(args)
+    options: GenerateOptions = {**generate_options(args), **cast(GenerateOptions, given(args, "samples"))}
     with connect(args) as client, client.generate(prompt_of(args), **options) as stream:
         if args.json:
             print_json(stream.result())

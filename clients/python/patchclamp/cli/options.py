@@ -36,7 +36,6 @@ _GENERATE_FIELDS = (
     "ignore_eos",
     "logprobs",
     "prompt_logprobs",
-    "samples",
 )
 
 
