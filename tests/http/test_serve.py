@@ -42,7 +42,7 @@ def test_a_front_alone_serves_what_its_server_does_and_ends_when_told(live_serve
 def test_a_server_finishes_what_runs_over_http_when_it_is_told_to_end(tiny_llama_dir: Path, tmp_path: Path) -> None:
     ports = ("--address=127.0.0.1:0", "--metrics-address=127.0.0.1:0", "--http=127.0.0.1:0")
     model = (f"--model={tiny_llama_dir}", f"--artifacts-url={tmp_path}")
-    body = {"prompt": ["hello"] * 16, "max_tokens": 240, "ignore_eos": True, "stream": True}
+    body = {"prompt": "hello", "n": 16, "max_tokens": 240, "ignore_eos": True, "stream": True}
     with running("serve", *model, *ports, "--json") as (process, told):
         with httpx.stream("POST", f"{told['http']}/v1/completions", json=body, timeout=PATIENCE_SECONDS) as answer:
             lines = answer.iter_lines()
