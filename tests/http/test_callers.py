@@ -57,6 +57,15 @@ def test_a_wrong_key_is_refused_as_openai_does(guarded: LiveFront) -> None:
     assert caught.value.type == "authentication_error"
 
 
+def test_a_key_that_no_header_of_grpc_can_carry_is_refused(guarded: LiveFront) -> None:
+    headers = {"authorization": "Bearer sk-é".encode("latin-1")}
+    answer = httpx.get(f"{guarded.url}/v1/models", headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "authorization")
+    asked = {"prompt": {"text": "hello"}}
+    over_connect = httpx.post(f"{guarded.url}/patchclamp.v1.ModelService/Tokenize", json=asked, headers=headers)
+    assert (over_connect.status_code, over_connect.json()["code"]) == (400, "invalid_argument")
+
+
 def test_what_a_tenant_may_not_call_is_refused_with_the_reason(guarded: LiveFront, tenants: Secured) -> None:
     with (
         guarded.openai(api_key=tenants.tokens["reader"]) as client,

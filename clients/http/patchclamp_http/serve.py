@@ -77,6 +77,7 @@ async def serving(
     config = uvicorn.Config(
         app,
         log_config=None,
+        log_level="warning",
         access_log=False,
         server_header=False,
         ws="none",

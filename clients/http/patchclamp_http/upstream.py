@@ -52,8 +52,11 @@ class Upstream:
         await self._link.close()
 
     def options(self, headers: Mapping[str, str]) -> Options:
-        """Returns what headers, in lower case, say of a call. Raises ApiError for a deadline that is none."""
+        """Returns what headers, in lower case, say of a call. Raises ApiError for what gRPC cannot carry."""
         metadata = tuple((name, headers[name]) for name in PASSED_ON if name in headers)
+        for name, value in metadata:
+            if not (value.isascii() and value.isprintable()):
+                raise invalid(name, "expected printable characters of ASCII")
         timeout = self._connection.deadline(None)
         for name in DEADLINE_HEADERS:
             if name in headers:

@@ -147,7 +147,10 @@ class _Requests:
 def _arguments(upstream: Upstream, context: RequestContext[Any, Any]) -> dict[str, Any]:
     given = context.request_headers
     headers: Mapping[str, str] = {name: given[name] for name in PASSED_ON if name in given}
-    arguments = upstream.options(headers).arguments()
+    try:
+        arguments = upstream.options(headers).arguments()
+    except ApiError as error:
+        raise ConnectError(Code.INVALID_ARGUMENT, error.message) from None
     if context.timeout_ms is not None:
         arguments["timeout"] = context.timeout_ms / 1000
     return arguments
