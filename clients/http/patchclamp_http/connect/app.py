@@ -60,6 +60,10 @@ class ConnectApp(ConnectASGIApplication[Upstream]):
             message = f"content-type {kind} belongs to the port of gRPC; here are application/json and connect"
             await call.refuse(ApiError(415, message, code="unsupported_media_type"))
             return
+        if not all(value.isascii() for value in call.headers.values()):
+            # connectrpc would fail on them, as a fault of its own.
+            await call.answer({"code": "invalid_argument", "message": "expected headers in ASCII"}, status=400)
+            return
         await super().__call__(scope, receive, send)
 
 
