@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.request import urlopen
 
 import grpc
@@ -65,9 +65,10 @@ class ServerProcess:
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"the server ended with status {self.process.wait()}:\n{self.log()}")
-        started = json.loads(line)
-        self.address: str = started["address"]
-        self._metrics_port: int = started["metrics_port"]
+        # What it says once it serves.
+        self.started: dict[str, Any] = json.loads(line)
+        self.address: str = self.started["address"]
+        self._metrics_port: int = self.started["metrics_port"]
         return self
 
     def __exit__(self, *_: object) -> None:

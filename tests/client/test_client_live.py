@@ -294,3 +294,11 @@ async def test_an_async_session_is_stopped_by_the_client(server: LiveServer):
         await session.stop()
         result = await session.result()
     assert (result.finish_reason, len(result.tokens)) == ("client", 2)
+
+
+def test_samples_of_one_prompt_come_in_one_result(live_server: LiveServer):
+    with Client(live_server.address) as client:
+        first = client.generate("hello", temperature=1.5, seed=3, samples=3, max_tokens=8, ignore_eos=True).result()
+        second = client.generate("hello", temperature=1.5, seed=4, max_tokens=8, ignore_eos=True).result()
+    assert [sample.seed for sample in (first, *first.others)] == [3, 4, 5]
+    assert first.others[0].text == second.text

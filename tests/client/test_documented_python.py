@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from live import LiveServer
+from live_front import LiveFront
 from small_autoencoder import SmallAutoencoder
 from tiny_llama import save_tiny_llama
 
@@ -30,11 +31,14 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-def run(name: str, address: str, **given: object) -> dict[str, Any]:
-    """The names that the blocks of a page leave behind; `given` are those that it takes from its reader."""
+def run(name: str, address: str, here: str = "localhost:50051", **given: object) -> dict[str, Any]:
+    """The names that the blocks of a page leave behind; `given` are those that it takes from its reader.
+
+    `address` takes the place of `here`.
+    """
     names: dict[str, Any] = {"__name__": "example", **given}
     for block in blocks(ROOT / name):
-        exec(block.replace("localhost:50051", address), names)
+        exec(block.replace(here, address), names)
     return names
 
 
@@ -75,6 +79,7 @@ def test_no_page_with_python_is_left_out() -> None:
         "docs/user/extraction.md",
         "docs/user/features.md",
         "docs/user/heads.md",
+        "docs/user/http.md",
         "docs/user/monitoring.md",
         "docs/user/neurons.md",
         "docs/user/patching.md",
@@ -109,6 +114,13 @@ def test_the_examples_of_the_client_run(
     run("docs/user/python.md", embedded_server.address)
     # The comment of the example says what it prints.
     assert "INVALID_ARGUMENT program.edits[0].layers[0] unknown layer 99: the model has 30" in capsys.readouterr().out
+
+
+def test_the_examples_of_http_run(embedded_server: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
+    with LiveFront(embedded_server.address) as front:
+        names = run("docs/user/http.md", front.url.removeprefix("http://"), here="localhost:8000")
+    assert names["said"]["finished"]["receipt"]["touched"]
+    assert "patchclamp.program.edits[0].layers[0] INVALID_FIELD" in capsys.readouterr().out
 
 
 def test_the_sweep_of_the_guide_to_steering_runs(

@@ -283,3 +283,25 @@ def test_a_row_without_a_distribution_is_marked_and_its_neighbour_is_not_touched
     assert got[0].id == NOT_FINITE
     assert got[0].logprob is None
     assert got[1].id == alone[0].id
+
+
+def test_a_bias_is_added_before_penalties_and_not_to_logprobs() -> None:
+    logits = logits_like_a_model(3)
+    biased = SamplingParams(logit_bias=((5, 40.0), (9, -100.0)), repetition_penalty=2.0, logprobs=0)
+    rows = [row(SamplingParams()), row(biased, output=(5,)), row(SamplingParams(logit_bias=((7, 30.0),)))]
+    drawn = sample(logits, rows)
+    wanted = logits.double().numpy().copy()
+    wanted[1, 5] += 40.0
+    wanted[1, 9] -= 100.0
+    wanted[2, 7] += 30.0
+    wanted[1] = reference_penalties(wanted[1], rows[1])
+    assert [choice.id for choice in drawn] == wanted.argmax(-1).tolist()
+    assert drawn[1].logprob == pytest.approx(float(torch.log_softmax(logits[1], 0)[drawn[1].id]), abs=1e-5)
+
+
+def test_end_tokens_are_not_drawn_before_the_least_number_of_tokens() -> None:
+    logits = torch.zeros(2, 50)
+    logits[:, 7] = 5.0
+    params = SamplingParams()
+    early, late = SamplingRow(params, 0, (), (1,), (7,), 2), SamplingRow(params, 0, (), (1, 2), (7,), 2)
+    assert [choice.id for choice in sample(logits, [early, late])] == [0, 7]

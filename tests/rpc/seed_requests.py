@@ -41,9 +41,16 @@ CHAT = generation_pb2.Prompt(
     chat={"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]}
 )
 TOKENS = generation_pb2.Prompt(tokens={"ids": [5, 6, 7, 8]})
-STOP = generation_pb2.StopConditions(max_tokens=4, strings=["zq"], token_ids=[9], ignore_eos=True)
+STOP = generation_pb2.StopConditions(max_tokens=4, strings=["zq"], token_ids=[9], ignore_eos=True, min_tokens=1)
 SAMPLING = generation_pb2.Sampling(
-    temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.1, seed=1
+    temperature=0.8,
+    top_k=20,
+    top_p=0.9,
+    min_p=0.01,
+    repetition_penalty=1.1,
+    presence_penalty=0.1,
+    seed=1,
+    logit_bias={7: 0.5},
 )
 NEEDLES = head_pb2.NeedleTest(
     haystacks=["It rained. " * 20],

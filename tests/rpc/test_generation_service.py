@@ -252,3 +252,97 @@ def test_tokenize_shows_a_chat_as_generate_runs_it(channel: grpc.Channel):
     assert "".join(answer.pieces).endswith("assistant\n")
     assert answer.roles[-1] == "assistant"
     assert generate(channel, prompt=chat)[2].usage.prompt_tokens == len(answer.ids)
+
+
+def test_a_bias_of_a_token_decides_what_is_drawn(channel: grpc.Channel):
+    _, tokens, _ = generate(channel, sampling=pb.Sampling(logit_bias={65: 100.0}))
+    assert [token.id for token in tokens] == [65] * 8
+
+
+def test_the_end_comes_after_the_least_number_of_tokens(channel: grpc.Channel):
+    """Ends are tokens of the model, stop tokens and stop strings; the tiny model has one token a byte."""
+    likely = pb.Sampling(logit_bias={2: 50.0, 65: 49.0})
+    eos = pb.StopConditions(max_tokens=8, min_tokens=5)
+    _, tokens, finished = generate(channel, sampling=likely, stop=eos)
+    assert [token.id for token in tokens] == [65] * 5 + [2]
+    assert finished.reason == pb.FINISH_REASON_EOS
+    string = pb.StopConditions(max_tokens=8, min_tokens=3, ignore_eos=True, strings=[piece(channel, 65)])
+    text, tokens, finished = generate(channel, sampling=pb.Sampling(logit_bias={65: 50.0}), stop=string)
+    assert (len(tokens), len(text), finished.reason) == (4, 3, pb.FINISH_REASON_STOP_STRING)
+
+
+def piece(channel: grpc.Channel, id: int) -> str:
+    return model_pb2_grpc.ModelServiceStub(channel).Detokenize(model_pb2.DetokenizeRequest(ids=[id])).text
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"sampling": pb.Sampling(logit_bias={10**6: 1.0})}, "sampling.logit_bias[1000000]"),
+        ({"sampling": pb.Sampling(logit_bias={5: float("nan")})}, "sampling.logit_bias[5]"),
+        ({"sampling": pb.Sampling(logit_bias=dict.fromkeys(range(1025), 1.0))}, "sampling.logit_bias"),
+        ({"samples": 129}, "samples"),
+        ({"stop": pb.StopConditions(max_tokens=2, min_tokens=3)}, "stop.min_tokens"),
+        ({"stop": pb.StopConditions(max_tokens=2, to_context_end=True)}, "stop.to_context_end"),
+    ],
+)
+def test_wrong_biases_and_limits_are_refused(channel: grpc.Channel, fields: dict[str, Any], field: str):
+    with pytest.raises(grpc.RpcError) as caught:
+        list(GenerationServiceStub(channel).Generate(request(**fields)))
+    assert failure(caught.value).fields == [field]
+
+
+def test_samples_are_those_of_their_seeds_and_share_the_prompt(channel: grpc.Channel, live_server: LiveServer):
+    prompt = pb.Prompt(text="A prompt of its own, which is longer than one block of the KV cache: " + "ho " * 20)
+    several = request(prompt=prompt, sampling=pb.Sampling(temperature=1.5, seed=7), samples=4)
+    before = live_server.server.engine.stats()
+    responses = list(GenerationServiceStub(channel).Generate(several))
+    computed = live_server.server.engine.stats().prefill_tokens - before.prefill_tokens
+    texts = ["".join(r.text for r in responses if r.sample == number) for number in range(4)]
+    ended = [r.finished for r in responses if r.HasField("finished")]
+    assert sorted(finished.seed for finished in ended) == [7, 8, 9, 10]
+    alone = [
+        generate(channel, prompt=prompt, sampling=pb.Sampling(temperature=1.5, seed=seed))[0] for seed in (7, 8, 9, 10)
+    ]
+    assert texts == alone
+    length, size = ended[0].usage.prompt_tokens, live_server.server.config.engine.kv_block_size
+    # The rest of the prompt behind its last whole block is computed by each.
+    assert computed <= length + 3 * size
+    assert length > 4 * size
+
+
+def test_a_session_and_a_comparison_have_one_sample(channel: grpc.Channel):
+    several = request(samples=2)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(GenerationServiceStub(channel).Compare(pb.CompareRequest(request=several)))
+    assert failure(caught.value).fields == ["request.samples"]
+    start = pb.SessionRequest(start=pb.SessionStart(request=several))
+    with pytest.raises(grpc.RpcError) as caught:
+        list(GenerationServiceStub(channel).Session(iter([start])))
+    assert failure(caught.value).fields == ["start.request.samples"]
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 6])
+def test_tokens_of_the_prompt_have_the_log_probabilities_of_a_score(channel: grpc.Channel, max_tokens: int):
+    ids = list(range(5, 60))
+    prompt = pb.Prompt(tokens=pb.TokenIds(ids=ids))
+    for _ in range(2):  # the second time the prompt is known to the prefix cache
+        asked = request(prompt=prompt, stop=pb.StopConditions(max_tokens=max_tokens, ignore_eos=True))
+        asked.prompt_logprobs = 2
+        responses = list(GenerationServiceStub(channel).Generate(asked))
+        told = [token for r in responses for token in r.prompt_tokens]
+        rest = pb.ScoreRequest(prompt=pb.Prompt(tokens=pb.TokenIds(ids=ids[:1])), tokens=pb.TokenIds(ids=ids[1:]))
+        rest.top_logprobs = 2
+        scored = GenerationServiceStub(channel).Score(rest)
+        assert not told[0].HasField("logprob")
+        assert told[1:] == list(scored.tokens)
+        assert [token.id for token in told] == ids
+        assert sum(len(r.tokens) for r in responses) == max_tokens
+
+
+def test_a_prompt_of_one_token_is_told_without_a_log_probability(channel: grpc.Channel):
+    asked = request(prompt=pb.Prompt(tokens=pb.TokenIds(ids=[5])), prompt_logprobs=0, samples=2)
+    responses = list(GenerationServiceStub(channel).Generate(asked))
+    told = [token for r in responses for token in r.prompt_tokens]
+    assert [(token.id, token.position, token.HasField("logprob")) for token in told] == [(5, 0, False)] * 2
+    assert sum(len(r.tokens) for r in responses) == 16

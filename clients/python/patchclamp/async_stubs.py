@@ -21,7 +21,7 @@ class AsyncStubs:
     """Opens the channel that a connection describes, and holds a stub for each service."""
 
     def __init__(self, connection: Connection) -> None:
-        self._channel = channel = _opened(connection, connection.options)
+        self.channel = channel = _opened(connection, connection.options)
         # Calls that ask for health have a channel of their own where the others are balanced by it.
         self._health_channel = channel
         if connection.is_balanced:
@@ -45,7 +45,7 @@ class AsyncStubs:
     async def close(self) -> None:
         """Cancels the calls that run, and ends the connection."""
         await self._health_channel.close(None)
-        await self._channel.close(None)
+        await self.channel.close(None)
 
 
 def _opened(connection: Connection, options: list[tuple[str, str | int]]) -> grpc.aio.Channel:

@@ -22,7 +22,7 @@ class Stubs:
     """Opens the channel that a connection describes, and holds a stub for each service."""
 
     def __init__(self, connection: Connection) -> None:
-        self._channel = channel = _opened(connection, connection.options)
+        self.channel = channel = _opened(connection, connection.options)
         # Calls that ask for health have a channel of their own where the others are balanced by it.
         self._health_channel = channel
         if connection.is_balanced:
@@ -46,7 +46,7 @@ class Stubs:
     def close(self) -> None:
         """Cancels the calls that run, and ends the connection."""
         self._health_channel.close()
-        self._channel.close()
+        self.channel.close()
 
 
 def _opened(connection: Connection, options: list[tuple[str, str | int]]) -> grpc.Channel:

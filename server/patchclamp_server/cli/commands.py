@@ -19,6 +19,7 @@ TRACED_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s trace_id=%(trace_id)s: %
 def serve(args: argparse.Namespace) -> int:
     """Loads the model, serves until SIGTERM or SIGINT, and drains. Returns the exit code."""
     said = _configure_process(args.threads, pinned=args.pin_threads == "on")
+    from patchclamp_server.cli.http_front import HttpFront
     from patchclamp_server.engine.faults import is_out_of_memory
     from patchclamp_server.engine.memory.start_memory import give_back_start_memory
     from patchclamp_server.model.errors import ModelSourceError
@@ -40,15 +41,23 @@ def serve(args: argparse.Namespace) -> int:
         with RichProgress() as progress:
             model, config, plan = load(config, progress)
         server = Server(model, config, plan)
+        front = HttpFront(server) if config.http else None
 
         def ready(address: str) -> None:
             give_back_start_memory()
+            at = {"address": address, "metrics_port": server.metrics_port}
+            if front is not None:
+                at["http"] = front.url
             if args.json:
-                print(json.dumps({"address": address, "metrics_port": server.metrics_port}), flush=True)
+                print(json.dumps(at), flush=True)
             else:
-                print(f"serving on {address}, metrics on port {server.metrics_port}", flush=True)
+                over_http = "" if front is None else f", HTTP on {front.url}"
+                print(f"serving on {address}{over_http}, metrics on port {server.metrics_port}", flush=True)
 
-        asyncio.run(server.run(ready, reserved))
+        if front is None:
+            asyncio.run(server.run(ready, reserved))
+        else:
+            front.run(server.run(ready, reserved, front.beside))
     except (ConfigurationError, ModelSourceError, EngineStopped, OSError) as error:
         return _failed("serve", error)
     except (MemoryError, RuntimeError) as error:

@@ -50,6 +50,19 @@ def tcp_address(text: str) -> str:
     return text
 
 
+def http_address(text: str) -> str:
+    """Refuses HTTP before the model is loaded where it could not be served."""
+    missing = [name for name in ("connectrpc", "orjson", "starlette", "uvicorn", "uvloop") if not _has(name)]
+    if missing:
+        raise argparse.ArgumentTypeError(f"{missing[0]} is not installed: {install_line('http')}")
+    return tcp_address(text)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Parses "a,b"."""
+    return tuple(filter(None, (word.strip() for word in text.split(","))))
+
+
 def seconds(text: str) -> float:
     value = float(text)
     if not 0.0 <= value < float("inf"):

@@ -9,6 +9,7 @@ from patchclamp_server.cli.option_types import (
     address,
     checkpoints,
     endpoint,
+    http_address,
     interval,
     one_of,
     positive,
@@ -19,6 +20,7 @@ from patchclamp_server.cli.option_types import (
     tracing,
     watch_count,
     watches,
+    words,
 )
 
 if TYPE_CHECKING:
@@ -95,6 +97,20 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--health-address",
         type=address,
         help="address of the health service alone, without TLS, for probes that speak none (default: nowhere)",
+    )
+    _add(
+        parser,
+        "--http",
+        type=http_address,
+        help="host:port of OpenAI's API, and of JSON for every RPC, with the certificate of --tls-certificate "
+        "(default: nowhere)",
+    )
+    _add(
+        parser,
+        "--http-allow-origins",
+        type=words,
+        metavar="ORIGIN,...",
+        help="pages of these origins may call it in a browser, besides its own (default: none)",
     )
     _add(parser, "--artifacts-url", help="directory or fsspec URL (default: patchclamp/artifacts in the data home)")
     _add(parser, "--dtype", type=one_of(*DTYPES), help="float32, bfloat16 or float16 (default: float32)")

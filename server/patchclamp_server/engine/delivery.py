@@ -114,6 +114,13 @@ class Delivery:
                 with live.concerning(sequence):
                     if not sequence.score(prediction.position, result.logits[prediction.row]):
                         live.fail(sequence, logits_refusal(self._runner.dtype, prediction.position))
+            elif prediction.position < sequence.prompt_length and request.prompt_logprobs is not None:
+                self.scored_tokens += 1
+                with live.concerning(sequence):
+                    if not sequence.score_prompt(prediction.position, result.logits[prediction.row]):
+                        live.fail(sequence, logits_refusal(self._runner.dtype, prediction.position))
+                if sequence.id in live.sequences and sequence.samples_after(prediction.position):
+                    drawn.append(prediction)
             elif request.stop.max_tokens > 0:
                 drawn.append(prediction)
         return drawn

@@ -18,14 +18,15 @@ class Output:
     stop_string: str = ""
     readouts: dict[int, list[ReadoutValue]] = field(default_factory=dict)
 
-    def push(self, token: int, stop: StopParams, emit: Callable[[Event], None]) -> FinishReason | None:
-        """Emits the text of one more token; returns the reason when it ends the sequence. A stop token adds no text."""
+    def push(self, token: int, count: int, stop: StopParams, emit: Callable[[Event], None]) -> FinishReason | None:
+        """Emits the text of one more token, the `count`-th; returns the reason when it ends the sequence. A stop token
+        adds no text."""
         if token in stop.token_ids:
             return FinishReason.STOP_TOKEN
         if token in self.eos_token_ids:
             return FinishReason.EOS
         text = self.detokenizer.push(token)
-        if self.stops.strings:
+        if self.stops.strings and count > stop.min_tokens:
             result = self.stops.push(text)
             text, self.stop_string = result.text_to_emit, result.matched or ""
         if text:

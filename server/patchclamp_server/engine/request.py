@@ -37,6 +37,8 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
+    # (id, what is added to its logit).
+    logit_bias: tuple[tuple[int, float], ...] = ()
     # None: no log-probabilities; n: those of the chosen token and of the n most likely.
     logprobs: int | None = None
 
@@ -49,6 +51,8 @@ class StopParams:
     token_ids: Set[int] = frozenset()
     ignore_eos: bool = False
     include_stop_string: bool = False
+    # So many tokens come before anything above can end them, but max_tokens.
+    min_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,8 @@ class Request:
     # Role of the chat turn of each prompt token, for scopes that name roles.
     roles: tuple[str, ...] | None = None
     score_from: int | None = None
+    # The log-probabilities of the prompt's tokens, and of the n most likely ones, streamed as PromptToken events.
+    prompt_logprobs: int | None = None
     # Takes what those tokens are scored with. An analysis job compares: nothing is said of its sparsity in metrics.
     scores: ScoreReducer | None = None
     # Tokens that may be generated before Engine.advance grants more; None is no limit.
@@ -176,6 +182,15 @@ class Timeline:
 class Token(NamedTuple):
     """One generated (or scored) token, in order. This and its text come for every sequence of a step: tuples are made
     fastest."""
+
+    id: int
+    position: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class PromptToken(NamedTuple):
+    """One token of the prompt, in order; the first has no log-probability."""
 
     id: int
     position: int
@@ -278,4 +293,4 @@ class Failed:
     timeline: Timeline | None = None
 
 
-Event = Token | Text | Readouts | LatentPredictions | Divergence | Captured | Finished | Failed
+Event = Token | PromptToken | Text | Readouts | LatentPredictions | Divergence | Captured | Finished | Failed

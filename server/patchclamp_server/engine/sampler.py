@@ -2,6 +2,7 @@
 
 For logits l of one row, in this order:
 
+0. l_i ← l_i + bias_i, and l_i ← -∞ for tokens that may not come yet (StopParams.min_tokens);
 1. penalties: l_i ← l_i / r where l_i > 0, else l_i · r, for every i seen in prompt or output (CTRL, Keskar et al. 2019,
    section 4.1); then l_i ← l_i - presence - frequency · count_i for every i in the output;
 2. temperature: s = (l - max l) / T; T = 0 takes the most likely token (the lowest id among equals) and ends here;
@@ -13,7 +14,7 @@ For logits l of one row, in this order:
 
 Every filter is a threshold on s, so tokens equal in value are kept or dropped together and the result does not depend
 on the order in which a sort leaves them. The uniform number is a function of (seed, number of tokens drawn) alone.
-Log-probabilities are those of the model's own distribution, log softmax(l), before penalties and temperature.
+Log-probabilities are those of the model's own distribution, log softmax(l), before all of this.
 
 What is drawn from a row, and its log-probabilities, do not depend on the other rows: what torch does here is exact or
 an operation of single numbers that is rounded once, and on a CPU sums and exponentials are those of sampling_rows.py.
@@ -52,6 +53,9 @@ class SamplingRow:
     seed: int
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
+    # These are not drawn while the output has fewer than `min_tokens`.
+    end_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
 
     @cached_property
     def distinct_prompt_ids(self) -> NDArray[np.int64]:
@@ -61,6 +65,12 @@ class SamplingRow:
     def uses_penalties(self) -> bool:
         p = self.params
         return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """(id, what is added to its logit) for the next token; an id may come twice."""
+        if len(self.output_ids) < self.min_tokens:
+            return (*self.params.logit_bias, *((id, -math.inf) for id in self.end_ids))
+        return self.params.logit_bias
 
     @cached_property
     def uniforms(self) -> Uniforms:
@@ -103,6 +113,9 @@ def warm_up(device: torch.device) -> None:
 def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     penalised = [i for i, row in enumerate(rows) if row.uses_penalties]
     random = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    biases = [(i, biases) for i, row in enumerate(rows) if (biases := row.biases())]
+    if biases:
+        logits = _biased(logits, biases)
     if penalised:
         logits = _penalise(logits, rows, penalised)
     # One pass gives the greedy choice, the maximum for the others, and shows NaN (which argmax prefers).
@@ -125,6 +138,14 @@ def _argmax(logits: Tensor) -> Tensor:
         # numpy's argmax compares vectors, torch's single numbers; and no other thread has to wake for it.
         return torch.from_numpy(logits.numpy().argmax(axis=-1, keepdims=True))
     return logits.argmax(dim=-1, keepdim=True)
+
+
+def _biased(logits: Tensor, biases: Sequence[tuple[int, tuple[tuple[int, float], ...]]]) -> Tensor:
+    """Returns a copy of the logits with what is added to those of some rows."""
+    places = np.array([(i, id) for i, own in biases for id, _ in own], dtype=np.int64)
+    values = np.array([value for _, own in biases for _, value in own], dtype=np.float32)
+    row, token = torch.from_numpy(places).to(logits.device).unbind(1)
+    return logits.index_put((row, token), torch.from_numpy(values).to(logits.device), accumulate=True)
 
 
 def _penalise(logits: Tensor, rows: Sequence[SamplingRow], penalised: Sequence[int]) -> Tensor:

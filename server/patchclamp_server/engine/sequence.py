@@ -19,6 +19,7 @@ from patchclamp_server.engine.request import (
     Finished,
     FinishReason,
     Priority,
+    PromptToken,
     Request,
     Timeline,
     Token,
@@ -147,11 +148,17 @@ class Sequence:
     def runnable(self) -> bool:
         return self.remaining > 0 and not self.paused
 
+    def samples_after(self, position: int) -> bool:
+        """Whether a token is drawn behind `position`, which is one of the prompt."""
+        return position + 1 == self.prompt_length and not self.samples_nothing
+
     def needs_logits_from(self) -> int:
         """First position whose logits are needed; behind the last one where nothing is predicted."""
         if self.request.score_from is not None:
             # Those before `reached` have been scored, before a preemption.
             return max(self.request.score_from - 1, self.reached)
+        if self.request.prompt_logprobs is not None and self.leader is None and self.reached < self.prompt_length:
+            return self.reached
         if self.leader is not None:
             return self.prompt_length - 1
         if self.samples_nothing:
@@ -208,7 +215,11 @@ class Sequence:
 
     @cached_property
     def sampling_row(self) -> SamplingRow:
-        return SamplingRow(self.request.sampling, self.seed, self.request.tokens, self.output_ids)
+        stop = self.request.stop
+        ends = self.output_or_fail().eos_token_ids | stop.token_ids if stop.min_tokens else ()
+        return SamplingRow(
+            self.request.sampling, self.seed, self.request.tokens, self.output_ids, tuple(ends), stop.min_tokens
+        )
 
     def accept(self, choice: Sampled, context_length: int) -> FinishReason | None:
         """Appends a sampled token and emits it; the reason when it is the last one."""
@@ -221,7 +232,7 @@ class Sequence:
             self.credits -= 1
         emit(Token(id, position, logprob, top_logprobs))
         assert self.output is not None
-        reason = self.output.push(id, request.stop, emit)
+        reason = self.output.push(id, len(self.output_ids), request.stop, emit)
         if reason is not None:
             return reason
         full = position + 1 >= context_length
@@ -234,13 +245,24 @@ class Sequence:
         logprob = float(logprobs[token])
         if math.isnan(logprob):
             return False
-        top: tuple[tuple[int, float], ...] = ()
-        if self.request.sampling.logprobs:
-            best = torch.topk(logprobs, min(self.request.sampling.logprobs, len(logprobs)))
-            top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         if self.request.scores is not None:
             self.request.scores.add(position + 1, logprobs)
-        self.request.on_event(Token(token, position + 1, logprob, top))
+        self.request.on_event(Token(token, position + 1, logprob, _likeliest(logprobs, self.request.sampling.logprobs)))
+        return True
+
+    def score_prompt(self, position: int, logits: Tensor) -> bool:
+        """As `score`, of a token of the prompt; the first comes before the one after it, or alone."""
+        emit = self.request.on_event
+        if position == 0:
+            emit(PromptToken(self.tokens[0], 0))
+        if position + 1 >= self.prompt_length:
+            return True
+        logprobs = torch.log_softmax(logits, dim=0)
+        token = self.tokens[position + 1]
+        logprob = float(logprobs[token])
+        if math.isnan(logprob):
+            return False
+        emit(PromptToken(token, position + 1, logprob, _likeliest(logprobs, self.request.prompt_logprobs)))
         return True
 
     def compare(self, position: int, logits: Tensor) -> None:
@@ -290,3 +312,11 @@ class Sequence:
                 self.timeline(now),
             )
         )
+
+
+def _likeliest(logprobs: Tensor, n: int | None) -> tuple[tuple[int, float], ...]:
+    """Returns the n most likely tokens [vocab] with their log-probabilities."""
+    if not n:
+        return ()
+    best = torch.topk(logprobs, min(n, len(logprobs)))
+    return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))

@@ -41,7 +41,10 @@ def check_files(config: ServerConfig) -> None:
     names = [name for name, _ in config.match_models]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigurationError(f"--match-model names {twice[0]!r} twice")
-    Security(config, SecurityMetrics(CollectorRegistry()), METHODS).close()
+    security = Security(config, SecurityMetrics(CollectorRegistry()), METHODS)
+    security.close()
+    if config.http and security.names_by_certificate:
+        raise ConfigurationError("--http needs --tokens: callers of HTTP are not known by their certificates")
 
 
 def reserve(config: ServerConfig) -> Reservation:
@@ -50,6 +53,7 @@ def reserve(config: ServerConfig) -> Reservation:
         "--address": config.address,
         "--metrics-address": config.metrics_address,
         "--health-address": config.health_address,
+        "--http": config.http,
     }
     return Reservation({option: Address.parse(text) for option, text in named.items() if text})
 

@@ -49,6 +49,10 @@ class ServerConfig(SecurityConfig):
     metrics_address: str = DEFAULT_METRICS_ADDRESS
     # Health alone is served here, without TLS and tokens; nowhere when this is empty.
     health_address: str = ""
+    # OpenAI's API and JSON for every RPC are served here over HTTP; nowhere when this is empty.
+    http: str = ""
+    # Origins of pages that may call it, besides its own.
+    http_allow_origins: tuple[str, ...] = ()
     artifacts_url: str = field(default_factory=default_artifacts_url)
     dtype: str = "float32"
     device: str = "cpu"

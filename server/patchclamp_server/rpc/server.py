@@ -4,7 +4,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from patchclamp_server.rpc.credentials import server_credentials
 from patchclamp_server.rpc.health.endpoint import HealthEndpoint
 from patchclamp_server.rpc.health.servicer import Health
 from patchclamp_server.rpc.health.watchdog import stacks, watch_steps
+from patchclamp_server.rpc.local_socket import LocalSocket
 from patchclamp_server.rpc.metrics.endpoint import MetricsEndpoint
 from patchclamp_server.rpc.metrics.server import Metrics
 from patchclamp_server.rpc.reflection import add_reflection
@@ -80,6 +81,7 @@ class Server:
         shared = self._monitoring.shared
         self.metrics.read_watches(self.engine.monitor, self._monitoring.dropped.of, lambda: shared.refused)
         self._health_endpoint: HealthEndpoint | None = None
+        self._local_socket: LocalSocket | None = None
         self.health_address = ""
         # What health says, for those who ask over HTTP.
         self._alive = False
@@ -130,6 +132,9 @@ class Server:
         try:
             with naming("--address", address):
                 port = self._add_port(address)
+            if self.config.http:
+                self._local_socket = LocalSocket()
+                self._grpc.add_insecure_port(self._local_socket.address)
             await self._serve_health_alone()
         except OSError:
             await asyncio.to_thread(self._metrics_endpoint.close)
@@ -241,6 +246,8 @@ class Server:
             self.engine.failure = TimeoutError(f"a step did not end within {LAST_STEP_SECONDS:g} s")
         if self._health_endpoint is not None:
             await self._health_endpoint.stop()
+        if self._local_socket is not None:
+            self._local_socket.close()
         await asyncio.to_thread(self._metrics_endpoint.close)
         self.services.prompts.close()
         await asyncio.to_thread(self._monitoring.shared.close)
@@ -249,24 +256,41 @@ class Server:
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close, SPAN_FLUSH_SECONDS)
 
-    async def run(self, ready: Callable[[str], None], reserved: Reservation | None = None) -> None:
+    @property
+    def local_address(self) -> str:
+        """Where this process reaches the server, whatever TLS its port has; callers are known by their tokens alone."""
+        assert self._local_socket is not None
+        return self._local_socket.address
+
+    async def run(
+        self,
+        ready: Callable[[str], None],
+        reserved: Reservation | None = None,
+        beside: Callable[[], AbstractAsyncContextManager[None]] | None = None,
+    ) -> None:
         """Serve until SIGTERM or SIGINT, then drain; `ready` gets the bound address. A second signal ends at once.
+        `beside` is entered once the server takes calls, and left when it has drained.
 
         Raises EngineStopped, after every call has had its status, when the engine could not go on.
         """
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self._asked_to_end.set)
-        ready(await self.start(reserved))
-        await self._asked_to_end.wait()
-        for number in SIGNALS:
-            loop.remove_signal_handler(number)
-            # asyncio would take a second SIGINT for a reason to wait for every thread.
-            signal.signal(number, signal.SIG_DFL)
-        logger.info(
-            "stopping: running calls have %g s to finish; a second signal ends at once", self.config.drain_seconds
-        )
-        await self.stop()
+        address = await self.start(reserved)
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self.stop)
+            if beside is not None:
+                await stack.enter_async_context(beside())
+            ready(address)
+            await self._asked_to_end.wait()
+            for number in SIGNALS:
+                loop.remove_signal_handler(number)
+                # asyncio would take a second SIGINT for a reason to wait for every thread.
+                signal.signal(number, signal.SIG_DFL)
+            logger.info(
+                "stopping: running calls have %g s to finish; a second signal ends at once", self.config.drain_seconds
+            )
+            await self.stop()
         if self.engine.failure is not None:
             raise EngineStopped(f"the engine stopped: {self.engine.failure!r}") from self.engine.failure
 

@@ -14,6 +14,7 @@ from patchclamp.cli import (
     features,
     generate,
     heads,
+    http_front,
     jobs,
     lens,
     models,
@@ -77,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     features.add_parser(commands)
     watch.add_parser(commands)
     jobs.add_parser(commands)
+    http_front.add_parser(commands)
     tokens.add_parsers(commands)
     models.add_parsers(commands)
     completion.add_parser(commands)

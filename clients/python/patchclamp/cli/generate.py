@@ -3,14 +3,17 @@
 import argparse
 import math
 from dataclasses import replace
+from typing import cast
 
 from patchclamp.cli.options import (
     add_generation_arguments,
     connect,
     connection_options,
     generate_options,
+    given,
     prompt_of,
 )
+from patchclamp.cli.parser import count
 from patchclamp.cli.terminal import heading, note, print_json, quoted, table
 from patchclamp.requests import GenerateOptions
 from patchclamp.results import ConfidenceReport, GenerateResult, RequestWarning, Token
@@ -23,14 +26,18 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="stream text, steered or not, and print the receipt",
     )
     add_generation_arguments(parser)
+    parser.add_argument("--samples", type=count, metavar="N", help="draw N samples, each with a seed of its own")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    options: GenerateOptions = generate_options(args)
+    options: GenerateOptions = {**generate_options(args), **cast(GenerateOptions, given(args, "samples"))}
     with connect(args) as client, client.generate(prompt_of(args), **options) as stream:
         if args.json:
             print_json(stream.result())
+            return 0
+        if args.samples is not None and args.samples > 1:
+            print_samples(stream.result())
             return 0
         told: tuple[RequestWarning, ...] = ()
         for chunk in stream:
@@ -40,12 +47,20 @@ def run(args: argparse.Namespace) -> int:
             print(chunk.text, end="", flush=True)
         print()
         result = stream.result()
-    if args.logprobs is not None:
-        print_logprobs(result.tokens)
+    if args.logprobs is not None or result.prompt_tokens:
+        print_logprobs((*result.prompt_tokens, *(result.tokens if args.logprobs is not None else ())))
     if result.confidence is not None:
         print_confidence(result.confidence)
     print_ending(result, told)
     return 0
+
+
+def print_samples(first: GenerateResult) -> None:
+    """Prints each when all have ended: they come at the same time."""
+    for number, sample in enumerate((first, *first.others)):
+        heading(f"sample {number}")
+        print(sample.text)
+        print_ending(sample)
 
 
 def print_logprobs(tokens: tuple[Token, ...]) -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-from patchclamp.cli.parser import count, seed
+from patchclamp.cli.parser import TokenBias, count, seed
 from patchclamp.cli.sparse_spec import add_sparsity_arguments, sparsity_of
 from patchclamp.cli.steering import add_steering_arguments, program_of
 from patchclamp.client import Client
@@ -14,12 +14,12 @@ from patchclamp.confidence import Confidence
 from patchclamp.connection import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_SECONDS
 from patchclamp.requests import GenerateOptions
 
-_SECURITY_OPTIONS = (
-    ("--token-file", "PATCHCLAMP_TOKEN_FILE", "the bearer token"),
+TLS_OPTIONS = (
     ("--ca", "PATCHCLAMP_CA", "roots of the server's certificate, PEM: connect by TLS"),
     ("--cert", "PATCHCLAMP_CERT", "certificate of the client, PEM"),
     ("--key", "PATCHCLAMP_KEY", "its key, PEM"),
 )
+_SECURITY_OPTIONS = (("--token-file", "PATCHCLAMP_TOKEN_FILE", "the bearer token"), *TLS_OPTIONS)
 _GENERATE_FIELDS = (
     "temperature",
     "top_k",
@@ -30,9 +30,12 @@ _GENERATE_FIELDS = (
     "frequency_penalty",
     "seed",
     "max_tokens",
+    "min_tokens",
+    "logit_bias",
     "stop",
     "ignore_eos",
     "logprobs",
+    "prompt_logprobs",
 )
 
 
@@ -68,7 +71,7 @@ def connection_options(timeout: float = DEFAULT_TIMEOUT_SECONDS) -> argparse.Arg
         "--channel-option",
         action="append",
         default=[],
-        type=_channel_option,
+        type=channel_option,
         metavar="NAME=VALUE",
         help="argument of the channel, by gRPC's name; repeatable",
     )
@@ -102,7 +105,7 @@ def connect(args: argparse.Namespace) -> Client:
     )
 
 
-def _channel_option(text: str) -> tuple[str, str | int]:
+def channel_option(text: str) -> tuple[str, str | int]:
     """Reads NAME=VALUE. Whole numbers are numbers to gRPC, and all else is text."""
     name, equals, value = text.partition("=")
     if not name or not equals:
@@ -153,6 +156,7 @@ def confidence_of(args: argparse.Namespace) -> Confidence | None:
 def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling (default: greedy)")
     group.add_argument("--max-tokens", type=count, metavar="N")
+    group.add_argument("--min-tokens", type=count, metavar="N", help="nothing else ends the text before so many")
     group.add_argument("--temperature", type=float)
     group.add_argument("--top-k", type=count, metavar="K")
     group.add_argument("--top-p", type=float)
@@ -161,8 +165,17 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--presence-penalty", type=float)
     group.add_argument("--frequency-penalty", type=float)
     group.add_argument("--seed", type=seed)
+    group.add_argument(
+        "--logit-bias",
+        action=TokenBias,
+        metavar="ID=BIAS",
+        help="added to the logit of a token (patchclamp tokenize tells its id); repeatable",
+    )
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     group.add_argument("--ignore-eos", action="store_true", default=None)
+    group.add_argument(
+        "--prompt-logprobs", type=count, metavar="N", help="those of each token of the prompt, and the N likeliest"
+    )
     group.add_argument(
         "--logprobs", type=count, metavar="N", help="log-probabilities of each token and the N likeliest"
     )

@@ -46,6 +46,20 @@ def _whole(largest: int, smallest: int = 0) -> Callable[[str], int]:
     return parse
 
 
+class TokenBias(argparse.Action):
+    """Gathers ID=BIAS of all its uses."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        id, _, bias = str(values).partition("=")
+        try:
+            found = {int(id): float(bias)}
+        except ValueError:
+            raise argparse.ArgumentError(self, f"expected ID=BIAS, such as 42=-100, got {values!r}") from None
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **found})
+
+
 count = _whole(2**31 - 1)
 seed = _whole(2**64 - 1)
 offset = _whole(2**31 - 1, -(2**31))

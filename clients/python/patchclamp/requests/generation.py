@@ -1,6 +1,7 @@
 """Requests of GenerationService and of ModelService."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Unpack
 
 from patchclamp.confidence import ConfidenceLike, confidence_message
@@ -19,10 +20,14 @@ class GenerateOptions(PromptOptions, total=False):
 
     None is the server's default. program: edits, readouts and conditions (patchclamp.programs), or one edit.
     temperature: 0 (default) is greedy. logprobs: how many likely tokens are told beside the chosen one.
-    seed: by default one that the server draws, and tells. max_tokens: by default 256.
+    seed: by default one that the server draws, and tells. max_tokens: by default 256. to_context_end: instead, as many
+    as the context of the model has room for. min_tokens: before so many, nothing else ends the text.
+    logit_bias: {token id: what is added to its logit}.
     sparsity: a policy, a profile or both (patchclamp.sparsity); by default everything is computed.
     grounding: a head set (patchclamp.heads) that says which prompt tokens each generated token was copied from.
     confidence: True, or a Confidence (patchclamp.confidence): how far the layers agree on the answer.
+    prompt_logprobs: how many likely tokens are told beside each of the prompt.
+    samples: how many are drawn of the prompt, by `generate` alone; each has a seed of its own.
     """
 
     program: ProgramLike | None
@@ -34,16 +39,21 @@ class GenerateOptions(PromptOptions, total=False):
     presence_penalty: float
     frequency_penalty: float
     seed: int | None
+    logit_bias: Mapping[int, float]
     max_tokens: int | None
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     include_stop_string: bool
+    to_context_end: bool
+    min_tokens: int
     priority: PriorityName | None
     logprobs: int | None
     sparsity: SparsityLike | None
     grounding: GroundingLike | None
     confidence: ConfidenceLike | None
+    samples: int
+    prompt_logprobs: int | None
 
 
 class ScoreOptions(PromptOptions, total=False):
@@ -74,16 +84,21 @@ def generate(
     presence_penalty: float = 0.0,
     frequency_penalty: float = 0.0,
     seed: int | None = None,
+    logit_bias: Mapping[int, float] = MappingProxyType({}),
     max_tokens: int | None = None,
     stop: str | Sequence[str] = (),
     stop_token_ids: Sequence[int] = (),
     ignore_eos: bool = False,
     include_stop_string: bool = False,
+    to_context_end: bool = False,
+    min_tokens: int = 0,
     priority: PriorityName | None = None,
     logprobs: int | None = None,
     sparsity: SparsityLike | None = None,
     grounding: GroundingLike | None = None,
     confidence: ConfidenceLike | None = None,
+    samples: int = 0,
+    prompt_logprobs: int | None = None,
 ) -> generation_pb2.GenerateRequest:
     sampling = build(
         generation_pb2.Sampling,
@@ -95,6 +110,7 @@ def generate(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         seed=seed,
+        logit_bias=logit_bias,
     )
     conditions = build_as(
         {"strings": "stop", "token_ids": "stop_token_ids"},
@@ -104,6 +120,8 @@ def generate(
         token_ids=stop_token_ids,
         ignore_eos=ignore_eos,
         include_stop_string=include_stop_string,
+        to_context_end=to_context_end,
+        min_tokens=min_tokens,
     )
     return build(
         generation_pb2.GenerateRequest,
@@ -117,6 +135,8 @@ def generate(
         sparsity=sparsity_message(sparsity),
         grounding=grounding_message(grounding),
         confidence=confidence_message(confidence),
+        samples=samples,
+        prompt_logprobs=prompt_logprobs,
     )
 
 

@@ -1,6 +1,6 @@
 """Results of Generate, Session and Score."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from patchclamp.results.confidence import ConfidenceReport
 from patchclamp.results.grounding import CopySource, GroundingReport
@@ -75,6 +75,8 @@ class Chunk(Record):
     """Holds one message of a stream. `text` is final; `finished` is set on the last one.
 
     warnings: on the first one, what was known before the first token; the receipt has all.
+    prompt_tokens: with prompt_logprobs, the tokens of the prompt.
+    sample: whose message it is, where several samples are drawn.
     """
 
     text: str
@@ -82,6 +84,8 @@ class Chunk(Record):
     prompt_readouts: tuple[ReadoutValue, ...]
     finished: Finished | None
     warnings: tuple[RequestWarning, ...] = ()
+    sample: int = 0
+    prompt_tokens: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class GenerateResult(Record):
     """Holds a whole generation. Send `seed` again to repeat the sample.
 
     sparsity, grounding, confidence: None unless the request asked for them.
+    prompt_tokens: with prompt_logprobs, the tokens of the prompt; the first has no log-probability.
+    others: the samples after this first one, where several were drawn.
     """
 
     text: str
@@ -102,6 +108,8 @@ class GenerateResult(Record):
     sparsity: SparsityReport | None = None
     grounding: GroundingReport | None = None
     confidence: ConfidenceReport | None = None
+    others: "tuple[GenerateResult, ...]" = ()
+    prompt_tokens: tuple[Token, ...] = ()
 
     @property
     def readouts(self) -> tuple[ReadoutValue, ...]:
@@ -138,20 +146,29 @@ class GenerateCollector:
         return chunk
 
     def result(self) -> GenerateResult | None:
-        """Returns the whole; None while `finished` has not arrived."""
-        finished = next((c.finished for c in self.chunks if c.finished is not None), None)
+        """Returns the whole; None while `finished` has not arrived, of each sample."""
+        wholes = [self._whole(sample) for sample in sorted({chunk.sample for chunk in self.chunks})]
+        first, *others = [whole for whole in wholes if whole is not None] or [None]
+        if first is None or len(others) + 1 < len(wholes):
+            return None
+        return replace(first, others=tuple(other for other in others if other is not None))
+
+    def _whole(self, sample: int) -> GenerateResult | None:
+        chunks = [chunk for chunk in self.chunks if chunk.sample == sample]
+        finished = next((c.finished for c in chunks if c.finished is not None), None)
         if finished is None:
             return None
         return GenerateResult(
-            text="".join(c.text for c in self.chunks),
-            tokens=tuple(t for c in self.chunks for t in c.tokens),
+            text="".join(c.text for c in chunks),
+            tokens=tuple(t for c in chunks for t in c.tokens),
             finish_reason=finished.reason,
             stop_string=finished.stop_string,
             receipt=finished.receipt,
             usage=finished.usage,
             seed=finished.seed,
-            prompt_readouts=tuple(r for c in self.chunks for r in c.prompt_readouts),
+            prompt_readouts=tuple(r for c in chunks for r in c.prompt_readouts),
             sparsity=finished.sparsity,
             grounding=finished.grounding,
             confidence=finished.confidence,
+            prompt_tokens=tuple(t for c in chunks for t in c.prompt_tokens),
         )

@@ -197,6 +197,26 @@ Global___Prompt: _TypeAlias = Prompt  # noqa: Y015
 class Sampling(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LogitBiasEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     TOP_P_FIELD_NUMBER: _builtins.int
@@ -205,6 +225,7 @@ class Sampling(_message.Message):
     PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
     FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """0 (default) is greedy."""
     top_k: _builtins.int
@@ -225,6 +246,12 @@ class Sampling(_message.Message):
     depends on the shape of the batch, and a draw or a near-tie may fall to another token. Unset: chosen by the server,
     below 2^53, so that it survives JavaScript and jq, whose numbers are doubles.
     """
+    @_builtins.property
+    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
+        """Added to the logits of these token ids before penalties and temperature; at most 1,024. Log-probabilities that are told
+        are those of the model, without it.
+        """
+
     def __init__(
         self,
         *,
@@ -236,10 +263,11 @@ class Sampling(_message.Message):
         presence_penalty: _builtins.float = ...,
         frequency_penalty: _builtins.float = ...,
         seed: _builtins.int | None = ...,
+        logit_bias: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_top_p", b"_top_p", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
     _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
@@ -269,12 +297,20 @@ class StopConditions(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     INCLUDE_STOP_STRING_FIELD_NUMBER: _builtins.int
+    TO_CONTEXT_END_FIELD_NUMBER: _builtins.int
+    MIN_TOKENS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     """Default 256. Generation ends with the model's context too; where one that is set reaches beyond, a warning says so."""
     ignore_eos: _builtins.bool
     """Go on past end tokens of the model."""
     include_stop_string: _builtins.bool
     """Keep the matched stop string in the text."""
+    to_context_end: _builtins.bool
+    """Instead of max_tokens: no limit but the end of the model's context."""
+    min_tokens: _builtins.int
+    """So many tokens are generated before an end token of the model, a stop token or a stop string can end them: the former
+    are not drawn, and text is not compared with the latter. At most max_tokens.
+    """
     @_builtins.property
     def strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Generation ends before the first of these strings."""
@@ -289,10 +325,12 @@ class StopConditions(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         ignore_eos: _builtins.bool = ...,
         include_stop_string: _builtins.bool = ...,
+        to_context_end: _builtins.bool = ...,
+        min_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "max_tokens", b"max_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "ignore_eos", b"ignore_eos", "include_stop_string", b"include_stop_string", "max_tokens", b"max_tokens", "strings", b"strings", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "ignore_eos", b"ignore_eos", "include_stop_string", b"include_stop_string", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "strings", b"strings", "to_context_end", b"to_context_end", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
@@ -314,11 +352,22 @@ class GenerateRequest(_message.Message):
     SPARSITY_FIELD_NUMBER: _builtins.int
     GROUNDING_FIELD_NUMBER: _builtins.int
     CONFIDENCE_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Empty: the server's model."""
     priority: Global___Priority.ValueType
     logprobs: _builtins.int
     """Log-probabilities of the chosen token (0) and the n most likely ones."""
+    samples: _builtins.int
+    """Generate alone: how many samples of the prompt are drawn, at most 128, each with a seed of its own: the one that is set
+    plus the number of the sample. They share the KV of the prompt as far as the prefix cache may. The call ends with the
+    last of them, or with the first that fails. Default 1.
+    """
+    prompt_logprobs: _builtins.int
+    """Log-probabilities of the prompt's tokens too, the first excepted, and of the n most likely ones.
+    Nothing of the prompt comes from the prefix cache then.
+    """
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
@@ -352,14 +401,21 @@ class GenerateRequest(_message.Message):
         sparsity: _sparse_policy_pb2.Sparsity | None = ...,
         grounding: Global___Grounding | None = ...,
         confidence: Global___Confidence | None = ...,
+        samples: _builtins.int = ...,
+        prompt_logprobs: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "confidence", b"confidence", "grounding", b"grounding", "logprobs", b"logprobs", "program", b"program", "prompt", b"prompt", "sampling", b"sampling", "sparsity", b"sparsity", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "confidence", b"confidence", "grounding", b"grounding", "logprobs", b"logprobs", "program", b"program", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "sparsity", b"sparsity", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "confidence", b"confidence", "grounding", b"grounding", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "program", b"program", "prompt", b"prompt", "sampling", b"sampling", "sparsity", b"sparsity", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "confidence", b"confidence", "grounding", b"grounding", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "program", b"program", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "samples", b"samples", "sampling", b"sampling", "sparsity", b"sparsity", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
@@ -776,10 +832,14 @@ class GenerateResponse(_message.Message):
     PROMPT_READOUTS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    SAMPLE_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text that is final: whole UTF-8 characters that cannot become part of a stop string. A character that the end of
     generation cuts in two is U+FFFD.
     """
+    sample: _builtins.int
+    """Whose response it is, counted from 0; "first" and "last" above are of each sample."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___GeneratedToken]: ...
     @_builtins.property
@@ -794,6 +854,10 @@ class GenerateResponse(_message.Message):
     def warnings(self) -> _containers.RepeatedCompositeFieldContainer[_program_pb2.RequestWarning]:
         """On the first response: warnings that were known before the first token. The receipt has them again, with all others."""
 
+    @_builtins.property
+    def prompt_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___GeneratedToken]:
+        """With prompt_logprobs, the tokens of the prompt, in order; without readouts, which are in prompt_readouts."""
+
     def __init__(
         self,
         *,
@@ -802,10 +866,12 @@ class GenerateResponse(_message.Message):
         prompt_readouts: _abc.Iterable[_program_pb2.ReadoutValue] | None = ...,
         finished: Global___Finished | None = ...,
         warnings: _abc.Iterable[_program_pb2.RequestWarning] | None = ...,
+        sample: _builtins.int = ...,
+        prompt_tokens: _abc.Iterable[Global___GeneratedToken] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "prompt_readouts", b"prompt_readouts", "text", b"text", "tokens", b"tokens", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "prompt_readouts", b"prompt_readouts", "prompt_tokens", b"prompt_tokens", "sample", b"sample", "text", b"text", "tokens", b"tokens", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

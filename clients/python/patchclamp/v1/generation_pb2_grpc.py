@@ -62,7 +62,7 @@ class GenerationServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Generate streams tokens, then one response with `finished`.
+        """Generate streams tokens, then one response with `finished`; of several samples, one of each.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

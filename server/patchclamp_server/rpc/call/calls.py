@@ -51,6 +51,7 @@ class Prepared:
     grounding: Grounding | None
     confidence: Confidence | None
     prompts: PromptEncoder
+    prompt_logprobs: int | None = None
     warnings: tuple[RequestWarning, ...] = ()
 
     def observed(self, program: BoundProgram) -> BoundProgram:
@@ -89,6 +90,7 @@ class Prepared:
             "deadline": deadline,
             "roles": self.prompt.roles,
             "sparsity": self.sparsity,
+            "prompt_logprobs": self.prompt_logprobs,
             "warnings": self.warnings,
         }
         return Request(**{**fields, **changes})
@@ -107,7 +109,9 @@ class Preparation:
         """Raises InvalidArgument, FailedPrecondition or NotFound."""
         check_model(proto.model, self.model)
         logprobs = decode_logprobs(proto.logprobs, "logprobs") if proto.HasField("logprobs") else None
-        sampling = decode_sampling(proto.sampling, logprobs)
+        has_prompt_logprobs = proto.HasField("prompt_logprobs")
+        prompt_logprobs = decode_logprobs(proto.prompt_logprobs, "prompt_logprobs") if has_prompt_logprobs else None
+        sampling = decode_sampling(proto.sampling, self.model.vocab_size, logprobs)
         stop = decode_stop(proto.stop, self.model.vocab_size)
         priority = decode_priority(proto.priority)
         prompt = decode_prompt(proto.prompt, self.prompts)
@@ -120,7 +124,17 @@ class Preparation:
         grounding = self.grounding(proto.grounding, program) if proto.HasField("grounding") else None
         confidence = self.confidence(proto.confidence, prompt.ids) if proto.HasField("confidence") else None
         return Prepared(
-            prompt, program, sampling, stop, priority, sparsity, grounding, confidence, self.prompts, warnings
+            prompt,
+            program,
+            sampling,
+            stop,
+            priority,
+            sparsity,
+            grounding,
+            confidence,
+            self.prompts,
+            prompt_logprobs,
+            warnings,
         )
 
     def program(self, proto: program_pb2.Program, prompt: EncodedPrompt) -> BoundProgram:

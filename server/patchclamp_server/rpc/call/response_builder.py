@@ -4,7 +4,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import program_pb2
-from patchclamp_server.engine.request import Event, Failed, Finished, LatentPredictions, Readouts, Text, Token
+from patchclamp_server.engine.request import (
+    Event,
+    Failed,
+    Finished,
+    LatentPredictions,
+    PromptToken,
+    Readouts,
+    Text,
+    Token,
+)
 from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.request_warnings import RequestWarning
 from patchclamp_server.rpc.call.confidence import AnswerConfidence
@@ -61,6 +70,9 @@ class ResponseBuilder:
                     self._bytes += len(text.encode())
                 case Token():
                     self._add_token(event)
+                case PromptToken():
+                    self._response.prompt_tokens.append(encode_token(event, self._piece))
+                    self._bytes += OVERHEAD_BYTES + self._response.prompt_tokens[-1].ByteSize()
                 case Readouts(position, values):
                     own = values if self._grounded is None else self._grounded.take(values)
                     self._add_readouts(position, [self._encoded(v) for v in own])

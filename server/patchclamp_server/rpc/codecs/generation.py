@@ -1,6 +1,6 @@
 """Turns generation messages into the engine's words, its usage and finish into messages. Refusals name fields."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp_server.artifacts.head_sets import HeadSelection
@@ -8,6 +8,7 @@ from patchclamp_server.engine.request import (
     Finished,
     FinishReason,
     Priority,
+    PromptToken,
     SamplingParams,
     StopParams,
     Token,
@@ -22,9 +23,13 @@ from patchclamp_server.text.prompt import EncodedPrompt, PromptEncoder
 from patchclamp_server.text.vocabulary import check_ids
 
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIASES = 1024
+MAX_SAMPLES = 128
 MAX_STOP_STRINGS = 16
 # Each string has an automaton, which is built between two steps of all streams.
 MAX_STOP_STRING_CHARACTERS = 4096
+# The context of no model is as long; whoever prepares a request bounds it by that.
+UNLIMITED = 2**31 - 1
 # float32 logits stay finite under this penalty, however often a token was seen.
 LARGEST_PENALTY = 1e6
 
@@ -56,7 +61,9 @@ def decode_prompt(proto: pb.Prompt, encoder: PromptEncoder, field: str = "prompt
         return encoder.encode_chat(messages, proto.chat.continue_final_message)
 
 
-def decode_sampling(proto: pb.Sampling, logprobs: int | None, path: str = "sampling") -> SamplingParams:
+def decode_sampling(
+    proto: pb.Sampling, vocab_size: int, logprobs: int | None, path: str = "sampling"
+) -> SamplingParams:
     """Returns the parameters; `logprobs` is checked already, see decode_logprobs."""
     top_p = proto.top_p if proto.HasField("top_p") else 1.0
     if not 0.0 < top_p <= 1.0:
@@ -73,8 +80,18 @@ def decode_sampling(proto: pb.Sampling, logprobs: int | None, path: str = "sampl
         presence_penalty=_penalty(proto.presence_penalty, f"{path}.presence_penalty"),
         frequency_penalty=_penalty(proto.frequency_penalty, f"{path}.frequency_penalty"),
         seed=proto.seed if proto.HasField("seed") else None,
+        logit_bias=_logit_bias(proto.logit_bias, vocab_size, f"{path}.logit_bias"),
         logprobs=logprobs,
     )
+
+
+def _logit_bias(proto: Mapping[int, float], vocab_size: int, field: str) -> tuple[tuple[int, float], ...]:
+    if len(proto) > MAX_LOGIT_BIASES:
+        raise InvalidArgument(field, f"expected at most {MAX_LOGIT_BIASES} token ids, got {len(proto)}")
+    for id in proto:
+        if id >= vocab_size:
+            raise InvalidArgument(f"{field}[{id}]", f"{id} is outside the vocabulary [0, {vocab_size})")
+    return tuple((id, _penalty(proto[id], f"{field}[{id}]")) for id in sorted(proto))
 
 
 def _penalty(value: float, field: str) -> float:
@@ -97,13 +114,26 @@ def decode_stop(proto: pb.StopConditions, vocab_size: int, field: str = "stop") 
             raise InvalidArgument(f"{field}.strings[{i}]", message)
     check_ids(proto.token_ids, vocab_size, f"{field}.token_ids")
     max_tokens = proto.max_tokens if proto.HasField("max_tokens") else StopParams().max_tokens
+    if proto.to_context_end:
+        if proto.HasField("max_tokens"):
+            raise InvalidArgument(f"{field}.to_context_end", "expected without max_tokens")
+        max_tokens = UNLIMITED
+    if proto.min_tokens > max_tokens:
+        raise InvalidArgument(
+            f"{field}.min_tokens", f"expected at most max_tokens, {max_tokens}, got {proto.min_tokens}"
+        )
     return StopParams(
         max_tokens=count(max_tokens, f"{field}.max_tokens"),
         strings=tuple(proto.strings),
         token_ids=frozenset(proto.token_ids),
         ignore_eos=proto.ignore_eos,
         include_stop_string=proto.include_stop_string,
+        min_tokens=proto.min_tokens,
     )
+
+
+def decode_samples(number: int, field: str = "samples") -> int:
+    return count(number, field, high=MAX_SAMPLES) or 1
 
 
 def decode_priority(number: int, field: str = "priority") -> Priority:
@@ -116,7 +146,7 @@ def decode_grounding(proto: pb.Grounding, field: str = "grounding") -> HeadSelec
     return HeadSelection(head_set=proto.head_set, top_k=proto.top_k)
 
 
-def encode_token(token: Token, piece: Callable[[int], str]) -> pb.GeneratedToken:
+def encode_token(token: Token | PromptToken, piece: Callable[[int], str]) -> pb.GeneratedToken:
     """Returns the message; `piece` gives the text of a token."""
     return pb.GeneratedToken(
         id=token.id,

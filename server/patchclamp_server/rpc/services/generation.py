@@ -14,13 +14,19 @@ from patchclamp_server.engine.request import Event, Request, SamplingParams, Sto
 from patchclamp_server.errors import InvalidArgument, within
 from patchclamp_server.interventions.field_checks import chosen
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.rpc.call.calls import Preparation, check_model, deadline_of, responses_of, running
+from patchclamp_server.rpc.call.calls import Preparation, Prepared, check_model, deadline_of, responses_of, running
 from patchclamp_server.rpc.call.confidence import AnswerConfidence, Confidence
 from patchclamp_server.rpc.call.response_builder import ResponseBuilder
-from patchclamp_server.rpc.codecs.generation import decode_logprobs, decode_priority, decode_prompt
+from patchclamp_server.rpc.codecs.generation import (
+    decode_logprobs,
+    decode_priority,
+    decode_prompt,
+    decode_samples,
+)
 from patchclamp_server.rpc.codecs.message_size import CLIENT_MESSAGE_BYTES
 from patchclamp_server.rpc.codecs.program import token_readouts
 from patchclamp_server.rpc.streams.comparison import EDITED, Comparison, Side
+from patchclamp_server.rpc.streams.samples import Samples
 from patchclamp_server.rpc.streams.session import SessionControl
 from patchclamp_server.rpc.streams.stream import EventBridge, EventStream
 from patchclamp_server.sparsity.binder import Binder
@@ -52,10 +58,25 @@ class GenerationService(GenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         self._engine.check_room()
+        samples = decode_samples(request.samples)
         prepared = await self._threads.run(self._prepare.generate, request)
+        if samples > 1:
+            async for response in self._samples(prepared, samples, context):
+                yield response
+            return
         stream = self._stream()
         with running(self._engine, prepared.to_request(stream.put, deadline_of(context), held=stream.is_full)):
             async for response in responses_of(stream, prepared.builder()):
+                self._observe(response)
+                yield response
+
+    async def _samples(self, prepared: Prepared, samples: int, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        stream: EventStream[tuple[int, Event]] = EventStream(self._bridge_of_loop(), self._engine.wake)
+        drawn = Samples(prepared, samples, stream, deadline_of(context))
+        with ExitStack() as stack:
+            for request in drawn.requests:
+                stack.enter_context(running(self._engine, request))
+            async for response in drawn.responses():
                 self._observe(response)
                 yield response
 
@@ -68,6 +89,7 @@ class GenerationService(GenerationServiceServicer):
         lockstep = first.start.lockstep
         stream = self._stream()
         with within("start.request"):
+            _one_sample(first.start.request)
             prepared = await self._threads.run(self._prepare.generate, first.start.request)
         builder = prepared.builder(wait_for_readouts=not lockstep)
         credits = 0 if lockstep else None
@@ -118,6 +140,7 @@ class GenerationService(GenerationServiceServicer):
     async def Compare(self, request: pb.CompareRequest, context: Context) -> AsyncIterator[pb.CompareResponse]:
         self._engine.check_room()
         with within("request"):
+            _one_sample(request.request)
             prepared = await self._threads.run(self._prepare.generate, request.request)
             stream: EventStream[tuple[Side, Event]] = EventStream(self._bridge_of_loop(), self._engine.wake)
             comparison = Comparison(prepared, stream, deadline_of(context))
@@ -179,6 +202,11 @@ class GenerationService(GenerationServiceServicer):
         if self._bridge is None:
             self._bridge = EventBridge(asyncio.get_running_loop())
         return self._bridge
+
+
+def _one_sample(request: pb.GenerateRequest) -> None:
+    if decode_samples(request.samples) > 1:
+        raise InvalidArgument("samples", f"expected 1 here, got {request.samples}: Generate draws several")
 
 
 def _exp(x: float) -> float:

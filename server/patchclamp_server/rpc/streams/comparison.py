@@ -44,6 +44,7 @@ class Comparison:
             sampling=sampling,
             program=prepared.observed(EMPTY_PROGRAM),
             sparsity=None,
+            prompt_logprobs=None,
             held=stream.is_full,
         )
         self._builders = {EDITED: prepared.builder(), BASELINE: prepared.builder(wait_for_readouts=False, edited=False)}

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from patchclamp_server.engine.request import Readouts, Token
+from patchclamp_server.engine.request import PromptToken, Readouts, Token
 
 E = TypeVar("E")
 
@@ -101,7 +101,7 @@ def values_of(event: Any) -> int:
     match event:
         case Readouts():
             return EVENT_VALUES + sum(EVENT_VALUES + len(value.values) for value in event.values)
-        case Token():
+        case Token() | PromptToken():
             return EVENT_VALUES + len(event.top_logprobs)
         case _:
             return EVENT_VALUES
