@@ -33,9 +33,9 @@ class Failure:
 def status_details(error: Any) -> list[Any]:
     """The packed google.rpc messages of a failed call.
 
-    They are read as a client does, from the trailing metadata. `grpc_status.rpc_status` demands besides that its message
-    equals that of the call; where a deadline is over, though, this end may have given the message ("Stream removed") and
-    the other the metadata, whichever came first.
+    They are read as a client does, from the trailing metadata. `grpc_status.rpc_status` demands besides that their
+    message equals that of the call; where a deadline is over, though, this end may have given the message ("Stream
+    removed") and the other the metadata, whichever came first.
     """
     encoded = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin")
     if encoded is None:
