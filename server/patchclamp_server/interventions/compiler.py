@@ -25,7 +25,7 @@ from patchclamp_server.interventions.entries import place_of_group
 from patchclamp_server.interventions.kinds import RULES
 from patchclamp_server.interventions.kinds.latents import LatentRule
 from patchclamp_server.interventions.kinds.rankings import RowsRead
-from patchclamp_server.interventions.kinds.rules import Entries, Pairs
+from patchclamp_server.interventions.kinds.rules import Entries, Notes, Pairs
 from patchclamp_server.interventions.plan import Latents, Part, Ranking
 from patchclamp_server.interventions.report import Report
 from patchclamp_server.interventions.rows import SpanRows, chosen, moving_rows, steady_rows
@@ -63,6 +63,8 @@ def _add_rules(part: Part, setting: Setting, local: IntArray, entry: IntArray, i
         # In the order of execution.
         part.counter = _tensor(setting, ints[edits, LATCH].astype(np.int64))
         part.counted = _tensor(setting, rows.counted[local[edits]].astype(np.float64))
+        part.notes = Notes.of(len(part.counter), setting.device)
+    before = np.concatenate(([0], np.cumsum(edits)))
     row = rows.row[local]
     taking = ints[:, FLAGS] & EntryFlag.INPUT != 0
     pairs = Pairs(
@@ -81,7 +83,8 @@ def _add_rules(part: Part, setting: Setting, local: IntArray, entry: IntArray, i
     for start, end in zip(starts, [*starts[1:], len(group)], strict=True):
         place, kind, flags = place_of_group(int(group[start]))
         layer, site = divmod(place, len(FORWARD_ORDER))
-        entries = Entries(pairs, setting, FORWARD_ORDER[site], layer, start, end)
+        notes = part.notes.part(before[start], before[end]) if part.notes is not None and edits[start] else None
+        entries = Entries(pairs, setting, FORWARD_ORDER[site], layer, start, end, notes)
         rule = RULES[kind](entries, flags)
         part.rules.setdefault((FORWARD_ORDER[site], layer), []).append(rule)
         if isinstance(rule, RowsRead):

@@ -11,7 +11,7 @@ from patchclamp_server.cpu.invariant.reads import Call, Read
 from patchclamp_server.interventions.captures import CaptureRule
 from patchclamp_server.interventions.kinds.latents import LatentRule
 from patchclamp_server.interventions.kinds.rankings import RowsRead
-from patchclamp_server.interventions.kinds.rules import CompiledEdit, CompiledRead, Rule, StepContext
+from patchclamp_server.interventions.kinds.rules import CompiledEdit, CompiledRead, Notes, Rule, StepContext
 from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.report import Report
 from patchclamp_server.interventions.rows import SpanRows
@@ -53,26 +53,24 @@ class Part:
     rules: dict[Place, list[Rule]] = field(default_factory=dict)
     rankings: list[Ranking] = field(default_factory=list)
     latents: list[Latents] = field(default_factory=list)
-    # Each pair of an edit and a row has a row of Tables.counts and 0 or 1 here, in the order of execution.
+    # Each pair of an edit and a row has a row of Tables.counts, 0 or 1, and notes here, in the order of execution.
     counter: Tensor | None = None
     counted: Tensor | None = None
+    notes: Notes | None = None
     # It serves more than one step.
     steady: bool = False
     # This belongs to the step that is running.
     context: StepContext | None = None
-    # |h| and |delta| of the pairs of edits, where all edits can be compiled: compiled visits note the first.
-    _norms: Tensor | None = None
-    _delta_norms: Tensor | None = None
     # What compiled visits have the addresses of; None at places where they cannot do what rules do.
     _calls: dict[Place, list[Read] | None] = field(default_factory=dict)
     _readings: Tensor | None = None
     _opened: Tensor | None = None
 
-    def _all_closed(self, device: torch.device) -> Tensor:
+    def opened(self, device: torch.device) -> Tensor:
+        """The conditions that each step asks anew, at one place in memory."""
         report = self.report
         if self._opened is None:
             self._opened = torch.ones(len(report.condition_rows) * report.n_columns + 1, device=device)
-        self._opened[:-1] = 0.0
         return self._opened
 
     def readings(self, device: torch.device) -> Tensor:
@@ -82,49 +80,38 @@ class Part:
         return self._readings
 
     def begin(self, positions: Tensor, tables: Tables) -> None:
-        readings = self.readings(positions.device).zero_()
-        self.context = StepContext(positions, tables.latch, self._all_closed(positions.device), readings, [], [], [])
+        opened, readings = self.opened(positions.device), self.readings(positions.device).zero_()
+        opened[:-1] = 0.0
+        self.context = StepContext(positions, tables.latch, opened, readings)
 
     def calls(self, place: Place, device: torch.device) -> list[Read] | None:
         """Returns compiled calls that do what the rules of a place do; None where there is a rule without them."""
         if place not in self._calls:
-            if not self._calls:
-                self._keep_norms()
-            found: list[Read] | None = []
+            found: list[Read] = []
             for rule in self.rules.get(place, []):
-                if found is not None and isinstance(rule, CompiledRead):
-                    found += rule.reads(self.readings(device))
-                elif found is not None and isinstance(rule, CompiledEdit) and rule.norms is not None:
-                    found.append(rule.write(rule.norms))
-                else:
-                    found = None
+                calls = self._calls_of(rule, device)
+                if calls is None:
+                    self._calls[place] = None
+                    return None
+                found += calls
             self._calls[place] = found
         return self._calls[place]
 
-    def _keep_norms(self) -> None:
-        """Gives edits a place of their own for |h|, in the order of execution, if every one can be compiled."""
-        rules = [rule for own in self.rules.values() for rule in own]
-        edits = [rule for rule in rules if isinstance(rule, CompiledEdit) and rule.entries.gate is None]
-        if not edits or len(edits) + sum(isinstance(rule, CompiledRead) for rule in rules) < len(rules):
-            return
-        self._delta_norms = torch.cat([rule.delta_norms for rule in edits])
-        self._norms = torch.ones_like(self._delta_norms)
-        sizes = [len(rule.entries) for rule in edits]
-        for rule, own in zip(edits, torch.split(self._norms, sizes), strict=True):
-            rule.norms = own
+    def _calls_of(self, rule: Rule, device: torch.device) -> list[Read] | None:
+        if isinstance(rule, CompiledRead):
+            return rule.reads(self.readings(device))
+        write = rule.write(self.opened(device)) if isinstance(rule, CompiledEdit) else None
+        return None if write is None else [write]
 
     def finish(self, tables: Tables, outcome: StepOutcome, end: Tensor) -> None:
         """Adds the step to the receipts, and copies what was read to the host. `end` [T, d_model] is the residual
         stream after the last block."""
         context, report, spans = self.context, self.report, self.spans
         assert context is not None
-        if self.counter is not None and self.counted is not None:
-            if self._norms is not None and self._delta_norms is not None:
-                norms, deltas, opened = self._norms, self._delta_norms, self.counted
-            else:
-                norms, deltas = torch.cat(context.norms), torch.cat(context.delta_norms)
-                opened = torch.cat(context.gates).double() * self.counted
-            change = deltas.double() / norms.double().clamp_min(torch.finfo(torch.float32).tiny)
+        if self.counter is not None and self.counted is not None and self.notes is not None:
+            notes = self.notes
+            opened = notes.gates.double() * self.counted
+            change = notes.delta_norms.double() / notes.norms.double().clamp_min(torch.finfo(torch.float32).tiny)
             tables.counts.index_add_(0, self.counter, torch.stack((opened, opened * change), dim=1))
         if not self.by_kernels and report.asks_conditions:
             held = context.opened[:-1].view(-1, report.n_columns).cpu().numpy()
@@ -167,8 +154,8 @@ class StepPlan:
         device = self.tables.device
         calls: dict[Place, tuple[Call, ...]] = {}
         for place in self.operators:
-            # Gates and ups are parts of one array.
-            if place[0] in PREACTIVATION_SITES:
+            # Gates and ups are parts of one array, and so are queries with keys and values.
+            if place[0] in (*PREACTIVATION_SITES, Site.ATTN_Q):
                 continue
             own = [part.calls(place, device) for part in self.parts]
             if None not in own:

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from patchclamp_server.cpu.invariant.operators import holds_for
 from patchclamp_server.cpu.invariant.reads import Read
+from patchclamp_server.interventions import compiled_writes
 from patchclamp_server.interventions.columns import EntryFlag, EntryKind
 from patchclamp_server.interventions.compiled_edits import ADD as ADD_FORMULA
 from patchclamp_server.interventions.compiled_edits import add_to_rows
-from patchclamp_server.interventions.compiled_writes import add
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, one_vector
 from patchclamp_server.interventions.kinds.rules import CompiledEdit, Entries, Rule, StepContext, TargetRule
 from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where
@@ -29,6 +29,7 @@ class AddRule(CompiledEdit):
     def __init__(self, entries: Entries) -> None:
         self.entries = entries
         self.vectors = entries.vectors()  # [k, width]
+        # |delta| of each pair, [E], whatever x is.
         self.delta_norms = entries.each(row_norms(self.vectors)) * entries.strength.abs()
         # With one row for each edit (decode) the products do not change from step to step.
         self.delta = self._delta() if entries.which is None else None
@@ -40,7 +41,7 @@ class AddRule(CompiledEdit):
         entries = self.entries
         if holds_for(x):
             opened = entries.opened(context)
-            self.count(context, add_to_rows(x, entries, self.vectors, opened), opened)
+            entries.note(self.delta_norms, add_to_rows(x, entries, self.vectors, opened), opened)
             return
         h = x.index_select(0, entries.rows).float()
         delta = self._delta() if self.delta is None else self.delta
@@ -51,10 +52,10 @@ class AddRule(CompiledEdit):
             later, earlier = entries.earlier
             h.index_add_(0, later, delta.index_select(0, earlier))
         x.index_add_(0, entries.rows, delta.to(x.dtype))
-        self.count(context, row_norms(h), opened)
+        entries.note(self.delta_norms, row_norms(h), opened)
 
-    def write(self, norms: Tensor) -> Read:
-        return add(self.entries, self.vectors, norms)
+    def write(self, opened: Tensor) -> Read:
+        return compiled_writes.add(self.entries, self.vectors, self.delta_norms, opened)
 
 
 class AddPreservingRule(TargetRule):

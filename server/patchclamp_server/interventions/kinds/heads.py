@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.cpu.invariant.operators import holds_for
+from patchclamp_server.cpu.invariant.reads import Read
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.interventions import compiled_writes
 from patchclamp_server.interventions.columns import FACTOR, OTHER, UNIT, EntryFlag, EntryKind
 from patchclamp_server.interventions.compiled_edits import edit_units
 from patchclamp_server.interventions.field_checks import chosen, distinct, finite
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, UnitColumns, Written, apart
-from patchclamp_server.interventions.kinds.rules import Entries, StepContext, Units
+from patchclamp_server.interventions.kinds.rules import CompiledEdit, Entries, StepContext, Units
 from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, ReadoutNumbers, ReadoutSpec, Where
 from patchclamp_server.interventions.program import HeadEdit, HeadReadout
 from patchclamp_server.interventions.resolver import check_finite, check_indices
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from patchclamp.v1 import program_pb2 as pb
 
 
-class HeadRule:
+class HeadRule(CompiledEdit):
     """Has the target t(z) = f z + m for single heads."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
@@ -41,7 +43,7 @@ class HeadRule:
         entries, units = self.entries, self.units
         if holds_for(x):
             opened = entries.opened(context)
-            context.count(*edit_units(x, entries, units, self.factor, self.offset, None, opened), opened)
+            entries.note(*edit_units(x, entries, units, self.factor, self.offset, None, opened), opened)
             return
         norms = row_norms(x.index_select(0, entries.rows).float())
         heads = x.view(x.shape[0] * self.n_heads, -1)
@@ -53,7 +55,10 @@ class HeadRule:
             edited = torch.where(units.opened(opened)[:, None] > 0, edited, z)
         heads.index_copy_(0, units.place, edited.to(x.dtype))
         norms = units.norms_before(norms, (edited.square() - z.square()).sum(1))
-        context.count(units.moved(norms, (edited - z).square().sum(1)), norms, opened)
+        entries.note(units.moved(norms, (edited - z).square().sum(1)), norms, opened)
+
+    def write(self, opened: Tensor) -> Read:
+        return compiled_writes.edit_units(self.entries, self.units, self.factor, self.offset, None, opened)
 
 
 def _write(payload: Payload) -> Written:

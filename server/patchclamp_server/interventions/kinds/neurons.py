@@ -12,7 +12,9 @@ from torch import Tensor
 
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.cpu.invariant.operators import holds_for
+from patchclamp_server.cpu.invariant.reads import Read
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.interventions import compiled_writes
 from patchclamp_server.interventions.columns import (
     FACTOR,
     OFFSET,
@@ -25,7 +27,7 @@ from patchclamp_server.interventions.columns import (
 from patchclamp_server.interventions.compiled_edits import edit_units
 from patchclamp_server.interventions.field_checks import chosen, distinct, finite
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, UnitColumns, Written, apart
-from patchclamp_server.interventions.kinds.rules import Entries, StepContext, Units
+from patchclamp_server.interventions.kinds.rules import CompiledEdit, Entries, StepContext, Units
 from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where, check_neuron_site
 from patchclamp_server.interventions.kinds.vectors import bounds_in
 from patchclamp_server.interventions.program import NeuronEdit, NeuronOp
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from patchclamp.v1 import program_pb2 as pb
 
 
-class NeuronRule:
+class NeuronRule(CompiledEdit):
     """Has the target t(a) = clip(f a + c, low, high) for single neurons."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
@@ -52,7 +54,7 @@ class NeuronRule:
         if holds_for(x):
             opened = entries.opened(context)
             numbers = self.factor, self.offset[:, None], (self.low, self.high)
-            context.count(*edit_units(x, entries, units, *numbers, opened), opened)
+            entries.note(*edit_units(x, entries, units, *numbers, opened), opened)
             return
         norms = row_norms(x.index_select(0, entries.rows).float())
         flat = x.view(-1)
@@ -64,7 +66,11 @@ class NeuronRule:
             edited = torch.where(units.opened(opened) > 0, edited, a)
         flat.index_copy_(0, units.place, edited.to(x.dtype))
         norms = units.norms_before(norms, edited.square() - a.square())
-        context.count(units.moved(norms, (edited - a).square()), norms, opened)
+        entries.note(units.moved(norms, (edited - a).square()), norms, opened)
+
+    def write(self, opened: Tensor) -> Read:
+        numbers = self.factor, self.offset[:, None], (self.low, self.high)
+        return compiled_writes.edit_units(self.entries, self.units, *numbers, opened)
 
 
 def _write(payload: Payload) -> Written:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from patchclamp_server.cpu.invariant.operators import holds_for, pair_dots
 from patchclamp_server.cpu.invariant.reads import Read
+from patchclamp_server.interventions import compiled_writes
 from patchclamp_server.interventions.columns import COUNT, FIRST, FLAGS, HIGH, SPARE, UNIT, EntryFlag
 from patchclamp_server.interventions.compiled_edits import edit_rows
 from patchclamp_server.interventions.row_arithmetic import interpolate, row_dots, row_norms
@@ -37,15 +38,6 @@ class StepContext:
     # The openness of every condition at every row that has one, flat; the last is always 1 and stands for "no gate".
     opened: Tensor
     readings: Tensor  # flat, as Report.reading_rows says
-    # These are |delta|, |h| and openness of each pair of an edit and a row, in the order of execution.
-    delta_norms: list[Tensor]
-    norms: list[Tensor]
-    gates: list[Tensor]
-
-    def count(self, delta_norm: Tensor, norm: Tensor, opened: Tensor) -> None:
-        self.delta_norms.append(delta_norm)
-        self.norms.append(norm)
-        self.gates.append(opened)
 
 
 class Rule(Protocol):
@@ -64,26 +56,33 @@ class CompiledRead(ABC):
 
 
 class CompiledEdit(ABC):
-    """A rule that edits, and can do so within the compiled blocks unless it has a gate, which is asked elsewhere."""
-
-    entries: "Entries"
-    # |delta| of each pair, [E], whatever x is.
-    delta_norms: Tensor
-    # Where |h| of each pair is noted, [E], and counted by the part; None: by the context.
-    norms: Tensor | None = None
+    """A rule that edits, and may do so within the compiled blocks."""
 
     @abstractmethod
     def run(self, x: Tensor, context: StepContext) -> None: ...
 
     @abstractmethod
-    def write(self, norms: Tensor) -> Read:
-        """Returns what does the same as `run`, again and again, and notes |h| in `norms`."""
+    def write(self, opened: Tensor) -> Read | None:
+        """Returns what does the same as `run`, again and again: `opened` is that of every step's context. None where
+        there is nothing compiled that does."""
 
-    def count(self, context: StepContext, norms: Tensor, opened: Tensor) -> None:
-        if self.norms is None:
-            context.count(self.delta_norms, norms, opened)
-        else:
-            self.norms.copy_(norms)
+
+@dataclass(frozen=True, eq=False)
+class Notes:
+    """What edits have done in a step: |delta|, |h| and openness, 0 or 1, of each pair of an edit and a row, [E], in the
+    order of execution."""
+
+    delta_norms: Tensor
+    norms: Tensor
+    gates: Tensor
+
+    @classmethod
+    def of(cls, n: int, device: torch.device) -> "Notes":
+        return cls(*torch.ones((3, n), device=device).unbind(0))
+
+    def part(self, start: int, end: int) -> "Notes":
+        """Returns those of pairs [start, end), at the same place in memory."""
+        return Notes(self.delta_norms[start:end], self.norms[start:end], self.gates[start:end])
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +105,11 @@ class Pairs:
 class Entries:
     """Holds the pairs [start, end) of a part: entries of one kind at one place."""
 
-    def __init__(self, pairs: Pairs, setting: Setting, site: Site, layer: int, start: int, end: int) -> None:
-        self.setting, self.site, self.layer = setting, site, layer
+    def __init__(
+        self, pairs: Pairs, setting: Setting, site: Site, layer: int, start: int, end: int, notes: Notes | None = None
+    ) -> None:
+        """`notes`: of edits, where what they do is noted."""
+        self.setting, self.site, self.layer, self.notes = setting, site, layer, notes
         self.host = setting.tables.host
         self.pairs, self.span = pairs, slice(start, end)
         self.entry, self.row = pairs.entry[self.span], pairs.row[self.span]
@@ -132,6 +134,15 @@ class Entries:
 
     def opened(self, context: StepContext) -> Tensor:
         return self.always if self.gate is None else context.opened.index_select(0, self.gate)
+
+    def note(self, delta_norms: Tensor, norms: Tensor, opened: Tensor) -> None:
+        """Notes |delta|, |h| and openness of the pairs, [E] each, of edits."""
+        notes = self.notes
+        assert notes is not None
+        notes.delta_norms.copy_(delta_norms)
+        notes.norms.copy_(norms)
+        if self.gate is not None:
+            notes.gates.copy_(opened)
 
     @cached_property
     def always(self) -> Tensor:
@@ -265,7 +276,7 @@ class Units:
         return torch.zeros_like(norms).index_add_(0, self.group, squares).sqrt()
 
 
-class TargetRule:
+class TargetRule(CompiledEdit):
     """Computes h + s (t(h) - h), with the norm kept if asked; subclasses give t. A row has at most one entry.
 
     Subclasses with a `formula` of compiled_edits.py, with `vectors` [k, width] and `bounds` [E], run as a compiled loop
@@ -288,7 +299,7 @@ class TargetRule:
         if self.formula is not None and holds_for(x):
             opened = entries.opened(context)
             numbers = self.formula, x, entries, self.vectors, self.bounds, opened
-            context.count(*edit_rows(*numbers, preserve_norm=self.preserve_norm), opened)
+            entries.note(*edit_rows(*numbers, preserve_norm=self.preserve_norm), opened)
             return
         h = x.index_select(0, entries.rows).float()
         norms = row_norms(h)
@@ -303,7 +314,13 @@ class TargetRule:
         if entries.gate is not None:
             edited = torch.where(opened[:, None] > 0, edited, h)
         x.index_copy_(0, entries.rows, edited.to(x.dtype))
-        context.count(row_norms(edited - h), norms, opened)
+        entries.note(row_norms(edited - h), norms, opened)
+
+    def write(self, opened: Tensor) -> Read | None:
+        if self.formula is None:
+            return None
+        numbers = self.formula, self.vectors, self.bounds
+        return compiled_writes.edit_rows(self.entries, *numbers, opened, preserve_norm=self.preserve_norm)
 
 
 class Grid:
