@@ -83,18 +83,26 @@ def compared(seconds: dict[str, list[float]]) -> dict[str, Any]:
 def decode_case(decoder: Decoder, batch: int) -> Callable[[], float]:
     """Steps of one token of each sequence, and its logits: the median of some."""
     pools = pools_for(decoder, torch.zeros(1, batch * (CONTEXT + BLOCK) + BLOCK))
-    for pool in pools:
-        pool.normal_(generator=torch.Generator().manual_seed(0))
     blocks = CONTEXT // BLOCK + 1
-    spans = [Span(row, 1, CONTEXT, list(range(1 + row * blocks, 1 + (row + 1) * blocks))) for row in range(batch)]
-    positions = torch.full((batch,), CONTEXT)
-    slots = torch.tensor([span.blocks[CONTEXT // BLOCK] * BLOCK + CONTEXT % BLOCK for span in spans])
-    tokens = torch.arange(batch) * 7919 % decoder.spec.vocab_size
+    tables = [list(range(1 + row * blocks, 1 + (row + 1) * blocks)) for row in range(batch)]
+
+    def step_of(first: int, n: int) -> StepInputs:
+        """Tokens [first, first + n) of each sequence."""
+        spans = [Span(row * n, n, first, table) for row, table in enumerate(tables)]
+        each = range(first, first + n)
+        positions = torch.tensor(list(each) * batch)
+        slots = torch.tensor(
+            [table[at // BLOCK] * BLOCK + at % BLOCK for table in tables for at in range(first, first + n)]
+        )
+        tokens = (torch.arange(batch * n) + first) * 7919 % decoder.spec.vocab_size
+        return StepInputs(tokens, positions, slots, AttentionBatch(spans, BLOCK, decoder.windows, decoder.device))
+
+    decoder.forward(step_of(0, CONTEXT), pools)
 
     def run() -> float:
         times = []
         for _ in range(5):
-            step = StepInputs(tokens, positions, slots, AttentionBatch(spans, BLOCK, decoder.windows, decoder.device))
+            step = step_of(CONTEXT, 1)
             started = time.perf_counter()
             decoder.logits(decoder.forward(step, pools))
             times.append(time.perf_counter() - started)

@@ -66,9 +66,9 @@ def main() -> None:
         "--only", nargs="+", default=PEERS, choices=PEERS, metavar="PEER", help=f"of {', '.join(PEERS)}"
     )
     parser.add_argument("--cases", nargs="+", default=[], help="only those with one of these words in their names")
-    parser.add_argument("--rounds", type=int, default=5, help="at most")
+    parser.add_argument("--rounds", type=int, default=9, help="at most")
     parser.add_argument(
-        "--minutes", type=float, default=14.0, help="rounds after the first that would end later are left out"
+        "--minutes", type=float, default=20.0, help="rounds after the first that would end later are left out"
     )
     parser.add_argument(
         "--env", nargs="+", default=[], metavar="PEER=PYTHON", help="interpreters that have a peer installed"

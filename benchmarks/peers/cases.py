@@ -62,11 +62,12 @@ class Case:
 
 # By batch: quick peers, slow peers.
 _DECODE = {
-    1: (Effort(64, 5), Effort(12, 2)),
+    1: (Effort(64, 9), Effort(12, 2)),
     8: (Effort(32, 5), Effort(8, 2)),
-    16: (Effort(24, 3), Effort(8, 1)),
+    16: (Effort(24, 7), Effort(8, 1)),
     64: (Effort(16, 3), Effort(6, 1)),
 }
+_SPARSE = (Effort(64, 3), Effort(64, 3))
 # By context.
 _CONTEXT = {
     512: (Effort(8, 5), Effort(4, 2)),
@@ -90,16 +91,19 @@ def decode_name(batch: int, steering: str) -> str:
 
 
 def cases(policies: Sequence[str] = ()) -> list[Case]:
-    """In the order of a round: what the last line is about comes first, the longest last."""
-    found = [
-        Case(decode_name(batch, steering), "decode", *_DECODE[batch], batch=batch, steering=steering)
-        for steering in STEERING
-        for batch in BATCHES
-        if batch > 1 or steering != "programs"
-    ]
-    found.append(Case(EDITED, "edited", *_DECODE[16], batch=16))
+    """In the order of a round: what is compared with each other stands together, the longest last."""
+    found = []
+    for batch in BATCHES:
+        found += [
+            Case(decode_name(batch, steering), "decode", *_DECODE[batch], batch=batch, steering=steering)
+            for steering in STEERING
+            if batch > 1 or steering != "programs"
+        ]
+        if batch == 1:
+            found += [Case(f"sparse {policy}", "sparse", *_SPARSE, policy=policy) for policy in policies]
+        if batch == 16:
+            found.append(Case(EDITED, "edited", *_DECODE[batch], batch=batch))
     found.append(Case(f"read {READ}", "read", Effort(1, 3), Effort(1, 2), length=READ))
-    found += [Case(f"sparse {policy}", "sparse", Effort(64, 3), Effort(64, 3), policy=policy) for policy in policies]
     found += [Case(f"context {length}", "context", *_CONTEXT[length], length=length) for length in _CONTEXT]
     return found
 

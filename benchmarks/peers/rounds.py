@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from peers.cases import ONE_BY_ONE, Case, decode_name, programs, prompts
+from peers.cases import ONE_BY_ONE, QUICK_PEERS, Case, decode_name, programs, prompts
 from peers.figures import Figure, Figures
 from peers.process import CannotError, PeerError, Worker
 
@@ -54,12 +54,17 @@ class Rounds:
         return [peer for peer in case.peers or self.workers if peer in self.workers]
 
     def run(self, cases: Sequence[Case], most_rounds: int) -> None:
-        for number in range(most_rounds):
-            for case in cases:
-                peers = self._peers(case)
-                for peer in peers if number % 2 else reversed(peers):
-                    if number < case.effort(peer).rounds:
-                        self._one(case, peer, number)
+        """All rounds of the quick peers, then those of the slow ones: what is compared stands together in time."""
+        for quick in True, False:
+            for number in range(most_rounds):
+                self._round(cases, number, quick)
+
+    def _round(self, cases: Sequence[Case], number: int, quick: bool) -> None:
+        for case in cases:
+            peers = [peer for peer in self._peers(case) if (peer in QUICK_PEERS) is quick]
+            for peer in peers if number % 2 else reversed(peers):
+                if number < case.effort(peer).rounds:
+                    self._one(case, peer, number)
 
     def _one(self, case: Case, peer: str, number: int) -> None:
         names = figures_of(case)
