@@ -7,6 +7,7 @@ CompiledVisits has them. A gate that is closed leaves its row alone.
 # What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
 # mypy: disable-error-code="attr-defined, no-untyped-def, no-untyped-call, call-arg, var-annotated"
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -125,7 +126,7 @@ def edit_units(
 
 
 def _call(
-    function: Any, entries: "Entries", opened: Tensor, numbers: list[int], arrays: list[NDArray[Any] | None]
+    function: Any, entries: "Entries", opened: Tensor, numbers: list[int], arrays: Sequence[NDArray[Any] | None]
 ) -> Read:
     """`numbers`, three at most, and `arrays` are what the state has of its own."""
     notes = entries.notes

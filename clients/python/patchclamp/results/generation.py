@@ -148,10 +148,11 @@ class GenerateCollector:
     def result(self) -> GenerateResult | None:
         """Returns the whole; None while `finished` has not arrived, of each sample."""
         wholes = [self._whole(sample) for sample in sorted({chunk.sample for chunk in self.chunks})]
-        first, *others = [whole for whole in wholes if whole is not None] or [None]
-        if first is None or len(others) + 1 < len(wholes):
+        finished = [whole for whole in wholes if whole is not None]
+        if not finished or len(finished) < len(wholes):
             return None
-        return replace(first, others=tuple(other for other in others if other is not None))
+        first, *others = finished
+        return replace(first, others=tuple(others))
 
     def _whole(self, sample: int) -> GenerateResult | None:
         chunks = [chunk for chunk in self.chunks if chunk.sample == sample]
