@@ -13,6 +13,7 @@ from certificates import Authority
 from live import LiveServer
 from live_front import LiveFront
 from patience import PATIENCE_SECONDS
+from patient_http import get, post, stream
 from secured import Secured, secured
 
 from patchclamp.connection import Connection
@@ -59,10 +60,10 @@ def test_a_wrong_key_is_refused_as_openai_does(guarded: LiveFront) -> None:
 
 def test_a_key_that_no_header_of_grpc_can_carry_is_refused(guarded: LiveFront) -> None:
     headers = {"authorization": "Bearer sk-é".encode("latin-1")}
-    answer = httpx.get(f"{guarded.url}/v1/models", headers=headers)
+    answer = get(f"{guarded.url}/v1/models", headers=headers)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "authorization")
     asked = {"prompt": {"text": "hello"}}
-    over_connect = httpx.post(f"{guarded.url}/patchclamp.v1.ModelService/Tokenize", json=asked, headers=headers)
+    over_connect = post(f"{guarded.url}/patchclamp.v1.ModelService/Tokenize", json=asked, headers=headers)
     assert (over_connect.status_code, over_connect.json()["code"]) == (400, "invalid_argument")
 
 
@@ -101,15 +102,15 @@ def test_a_deadline_in_the_headers_ends_the_call(front: LiveFront, model: str) -
     assert (caught.value.status_code, caught.value.code) == (504, "DEADLINE_EXCEEDED")
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
 def test_a_caller_who_leaves_frees_the_sequence(
-    front: LiveFront, model: str, live_server: LiveServer, stream: bool
+    front: LiveFront, model: str, live_server: LiveServer, streamed: bool
 ) -> None:
     cancelled = 'patchclamp_sequences_finished_total{outcome="cancelled"}'
     before = live_server.metric(cancelled)
-    body = {"model": model, "prompt": ["hello"] * 8, "max_tokens": 250, "ignore_eos": True, "stream": stream}
-    if stream:
-        with httpx.stream("POST", f"{front.url}/v1/completions", json=body) as answer:
+    body = {"model": model, "prompt": ["hello"] * 8, "max_tokens": 250, "ignore_eos": True, "stream": streamed}
+    if streamed:
+        with stream("POST", f"{front.url}/v1/completions", json=body) as answer:
             next(answer.iter_lines())
     else:
         with pytest.raises(httpx.ReadTimeout):
@@ -140,9 +141,9 @@ def test_callers_may_be_asked_for_a_certificate(live_server: LiveServer, tmp_pat
     with LiveFront(live_server.address, listening) as front:
         trusting = ssl.create_default_context(cafile=str(authority.root))
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"{front.url}/health", verify=trusting)
+            get(f"{front.url}/health", verify=trusting)
         trusting.load_cert_chain(own.certificate, own.key)
-        assert httpx.get(f"{front.url}/health", verify=trusting).status_code == 200
+        assert get(f"{front.url}/health", verify=trusting).status_code == 200
 
 
 def test_tokens_are_not_sent_to_another_host_in_clear() -> None:

@@ -5,10 +5,10 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 from live import LiveServer
 from live_front import LiveFront
+from patient_http import post
 
 from patchclamp import Client
 from patchclamp.v1 import generation_pb2 as pb
@@ -33,9 +33,7 @@ def envelopes(body: bytes) -> Iterator[tuple[int, Any]]:
 
 def streamed(front: LiveFront, path: str, *messages: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """What a call streams, and how it ended."""
-    answer = httpx.post(
-        front.url + path, content=enveloped(*messages), headers={"content-type": "application/connect+json"}
-    )
+    answer = post(front.url + path, content=enveloped(*messages), headers={"content-type": "application/connect+json"})
     assert answer.status_code == 200
     *found, (flags, end) = envelopes(answer.content)
     assert flags == 2
@@ -43,7 +41,7 @@ def streamed(front: LiveFront, path: str, *messages: dict[str, Any]) -> tuple[li
 
 
 def test_a_call_of_one_message_is_plain_json(front: LiveFront, live_server: LiveServer) -> None:
-    answer = httpx.post(f"{front.url}/patchclamp.v1.ModelService/Tokenize", json={"prompt": {"text": "hello"}})
+    answer = post(f"{front.url}/patchclamp.v1.ModelService/Tokenize", json={"prompt": {"text": "hello"}})
     with Client(live_server.address) as grpc:
         assert answer.json()["ids"] == list(grpc.tokenize("hello").ids)
 
@@ -66,13 +64,13 @@ def test_a_stream_of_requests_is_passed_on(front: LiveFront) -> None:
 
 def test_protobuf_is_spoken_too(front: LiveFront) -> None:
     body = pb.ScoreRequest(prompt=pb.Prompt(text="hello"), text=" you").SerializeToString()
-    answer = httpx.post(f"{front.url}{GENERATION}/Score", content=body, headers={"content-type": "application/proto"})
+    answer = post(f"{front.url}{GENERATION}/Score", content=body, headers={"content-type": "application/proto"})
     assert len(pb.ScoreResponse.FromString(answer.content).tokens) == 4
 
 
 def test_a_refusal_has_its_code_and_details(front: LiveFront) -> None:
     wrong = {**GENERATE, "sampling": {"temperature": -1}}
-    answer = httpx.post(f"{front.url}/patchclamp.v1.ModelService/Tokenize", json={"model": "other"})
+    answer = post(f"{front.url}/patchclamp.v1.ModelService/Tokenize", json={"model": "other"})
     assert answer.status_code == 404
     assert answer.json()["code"] == "not_found"
     assert [detail["type"] for detail in answer.json()["details"]] == ["google.rpc.ErrorInfo"]
@@ -83,14 +81,14 @@ def test_a_refusal_has_its_code_and_details(front: LiveFront) -> None:
 
 
 def test_an_unknown_field_is_refused(front: LiveFront) -> None:
-    answer = httpx.post(f"{front.url}/patchclamp.v1.ModelService/Tokenize", json={"promt": {"text": "hello"}})
+    answer = post(f"{front.url}/patchclamp.v1.ModelService/Tokenize", json={"promt": {"text": "hello"}})
     assert (answer.status_code, answer.json()["code"]) == (400, "invalid_argument")
     assert "promt" in answer.json()["message"]
 
 
 def test_a_deadline_ends_a_call(front: LiveFront) -> None:
     long = {"prompt": {"text": "hello"}, "stop": {"maxTokens": 250, "ignoreEos": True}}
-    answer = httpx.post(
+    answer = post(
         f"{front.url}{GENERATION}/Generate",
         content=enveloped(long),
         headers={"content-type": "application/connect+json", "connect-timeout-ms": "5"},
@@ -101,14 +99,14 @@ def test_a_deadline_ends_a_call(front: LiveFront) -> None:
 
 @pytest.mark.parametrize("content_type", ["application/grpc", "application/grpc-web+proto", "text/plain"])
 def test_other_content_types_are_refused(front: LiveFront, content_type: str) -> None:
-    answer = httpx.post(f"{front.url}{GENERATION}/Score", content=b"", headers={"content-type": content_type})
+    answer = post(f"{front.url}{GENERATION}/Score", content=b"", headers={"content-type": content_type})
     assert answer.status_code == 415
 
 
 def test_every_rpc_has_a_route(front: LiveFront) -> None:
     """What is asked for is nothing, so that no call does anything: it is only found."""
     for rpc in rpcs():
-        answer = httpx.post(front.url + rpc.path, content=b"", headers={"content-type": "application/none"})
+        answer = post(front.url + rpc.path, content=b"", headers={"content-type": "application/none"})
         assert answer.status_code == 415, rpc.path
 
 

@@ -3,12 +3,13 @@
 import json
 from typing import Any
 
-import httpx
 import pytest
 import schemathesis
 from google.protobuf import json_format
 from hypothesis import HealthCheck, given, settings
 from live_front import LiveFront
+from patience import PATIENCE_SECONDS
+from patient_http import get
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -95,13 +96,13 @@ def fuzzed(operation: Any, mode: GenerationMode, checks: list[Any]) -> None:
     @settings(EXAMPLES, max_examples=4 if operation.path.startswith("/patchclamp") else 20)
     @given(case=operation.as_strategy(generation_mode=mode))
     def holds(case: Case) -> None:
-        case.call_and_validate(checks=checks)
+        case.call_and_validate(checks=checks, timeout=PATIENCE_SECONDS)
 
     holds()
 
 
 def test_the_schema_is_served_and_whole(front: LiveFront) -> None:
-    found = httpx.get(f"{front.url}/openapi.json").json()
+    found = get(f"{front.url}/openapi.json").json()
     assert found["openapi"].startswith("3.1")
     assert "/v1/chat/completions" in found["paths"]
     assert "/patchclamp.v1.GenerationService/Generate" in found["paths"]

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from live import LiveServer
 from patience import PATIENCE_SECONDS
+from patient_http import post
 
 from patchclamp_http import Listening
 
@@ -33,7 +34,7 @@ def running(*arguments: str) -> Iterator[tuple["subprocess.Popen[str]", dict[str
 
 def test_a_front_alone_serves_what_its_server_does_and_ends_when_told(live_server: LiveServer) -> None:
     with running("http", "--target", live_server.address, "--listen", "127.0.0.1:0", "--json") as (process, told):
-        answer = httpx.post(f"{told['http']}/v1/completions", json={"prompt": "hello", "max_tokens": 4})
+        answer = post(f"{told['http']}/v1/completions", json={"prompt": "hello", "max_tokens": 4})
         assert answer.json()["usage"]["completion_tokens"] <= 4
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=PATIENCE_SECONDS) == 0
