@@ -106,3 +106,11 @@ def test_the_schema_is_served_and_whole(front: LiveFront) -> None:
     assert found["openapi"].startswith("3.1")
     assert "/v1/chat/completions" in found["paths"]
     assert "/patchclamp.v1.GenerationService/Generate" in found["paths"]
+
+
+def test_messages_with_a_json_of_their_own_are_published_so() -> None:
+    schemas = openapi()["components"]["schemas"]
+    assert not [name for name in schemas if name.startswith("google.protobuf.")]
+    artifact = schemas["patchclamp.v1.Artifact"]["properties"]
+    assert artifact["provenance"] == {"type": "object"}
+    assert artifact["created"]["format"] == "date-time"

@@ -59,7 +59,6 @@ def test_more_tokens_than_the_context_has_room_for_are_warned_of_before_the_firs
     prompt = pb.Prompt(tokens=pb.TokenIds(ids=[5] * (CONTEXT - 10)))
     responses = responses_of(channel, prompt=prompt, stop=pb.StopConditions(max_tokens=2**31 - 1, ignore_eos=True))
     first, finished = responses[0], responses[-1].finished
-    assert len(responses) > 1
     assert [(w.code, w.field) for w in first.warnings] == [(BEYOND, "stop.max_tokens")]
     assert "room for 10 tokens" in first.warnings[0].message
     assert not any(response.warnings for response in responses[1:])

@@ -22,9 +22,11 @@ _SCALARS: dict[int, JsonSchema] = {
     FieldDescriptor.CPPTYPE_FLOAT: {"anyOf": [{"type": "number"}, _NOT_FINITE]},
     FieldDescriptor.CPPTYPE_DOUBLE: {"anyOf": [{"type": "number"}, _NOT_FINITE]},
 }
+# Those that have a JSON of their own.
 _WELL_KNOWN: dict[str, JsonSchema] = {
     "google.protobuf.Timestamp": {"type": "string", "format": "date-time"},
     "google.protobuf.Duration": {"type": "string", "pattern": "^-?[0-9]+([.][0-9]+)?s$"},
+    "google.protobuf.Struct": {"type": "object"},
 }
 
 
